@@ -1,0 +1,87 @@
+"""What went in and what came out, as plain numbers for audit.json, the report and the manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from data_prep.mix import Choice, Pool
+from data_prep.pack import Plan
+
+_FIRST_EDGE = 64
+
+
+def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Documents and tokens by length: buckets [start, stop) in tokens, doubling from 64."""
+    if not len(lengths):
+        return []
+    edges = [0, _FIRST_EDGE]
+    while edges[-1] <= lengths.max():
+        edges.append(2 * edges[-1])
+    documents, _ = np.histogram(lengths, edges)
+    tokens, _ = np.histogram(lengths, edges, weights=lengths)
+    return [
+        {"start": start, "stop": stop, "documents": int(n), "tokens": int(t)}
+        for start, stop, n, t in zip(edges[:-1], edges[1:], documents, tokens, strict=True)
+    ]
+
+
+def source_row(
+    pool: Pool,
+    held: np.ndarray,
+    copies: np.ndarray,
+    kept: np.ndarray,
+    choice: Choice,
+    share: int | None,
+    skipped: dict[str, int],
+) -> dict[str, Any]:
+    """One source's line of the table: documents and tokens before and after mixing.
+
+    `kept` is what length upsampling keeps, of the documents that are neither held out nor
+    `copies` of held-out ones; `share` the token budget; all masks boolean [documents].
+    """
+    return {
+        "source": pool.name,
+        "skipped": skipped,
+        "read": _sums(pool.lengths),
+        "held_out": _sums(pool.lengths[held]),
+        "copies_of_held_out": _sums(pool.lengths[copies]),
+        "dropped_by_upsampling": _sums(pool.lengths[~(held | copies | kept)]),
+        "train": {
+            **_sums(choice.lengths),
+            "distinct_documents": len(np.unique(choice.documents)),
+            "cut_tokens": int(pool.lengths[choice.documents[-1]] - choice.lengths[-1]),
+        },
+        "epochs": round(choice.epochs, 4),
+        "share_tokens": share,
+        "histogram_read": length_histogram(pool.lengths),
+        "histogram_train": length_histogram(choice.lengths),
+    }
+
+
+def packing_row(plan: Plan) -> dict[str, Any]:
+    """Rows, tokens, fill rate (tokens over all places), and pieces by length of one packed file."""
+    tokens = int(plan.length.sum())
+    return {
+        "rows": plan.rows,
+        "tokens": tokens,
+        "padding": plan.rows * plan.seq_length - tokens,
+        "fill_rate": round(plan.fill_rate, 6),
+        "pieces": len(plan.length),
+        "histogram_pieces": length_histogram(plan.length),
+    }
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of the per-source table, for a log."""
+    read, train, held = row["read"], row["train"], row["held_out"]
+    return (
+        f"{row['source']}: read {read['documents']:,} documents / {read['tokens']:,} tokens, held "
+        f"out {held['documents']:,} / {held['tokens']:,}, train {train['documents']:,} / "
+        f"{train['tokens']:,} ({row['epochs']:.2f} epochs)"
+    )
+
+
+def _sums(lengths: np.ndarray) -> dict[str, int]:
+    return {"documents": len(lengths), "tokens": int(lengths.sum())}

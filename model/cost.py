@@ -1,0 +1,45 @@
+"""Parameters and FLOPs of a model, from its shape and the pattern's true pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .config import ModelConfig
+
+# Dense bf16 peak of one GPU in FLOP/s, by the vendor's data sheets (SXM parts, no sparsity).
+PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights that every token is multiplied with: layers and output layer, no embedding."""
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    mlp = 3 * config.hidden_size * config.ffn_hidden_size
+    return config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
+
+
+def parameters(config: ModelConfig) -> int:
+    """All weights, norms and embedding included; a tied embedding counts once."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return matrix_parameters(config) + norms + embedding
+
+
+def training_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
+    """Model FLOPs of forward and backward over these documents, recomputation not counted.
+
+    6 per weight and token; 12 * head_dim per (query, key) pair and query head: two products,
+    forward once and backward twice (PaLM, arXiv 2204.02311, appendix B, with true pairs).
+    """
+    tokens = sum(document_lengths)
+    flops = 6.0 * matrix_parameters(config) * tokens
+    per_pair = 12.0 * config.head_dim * (config.num_heads // config.num_kv_heads)
+    pairs = {
+        kind: config.pattern_of(layer).pairs(document_lengths, config.num_kv_heads)
+        for kind, layer in {k: i for i, k in enumerate(config.is_full)}.items()
+    }
+    return flops + per_pair * sum(pairs[kind] for kind in config.is_full)
+
+
+def peak_flops(gpu_name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU named as torch.cuda names it; None where unknown."""
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in gpu_name), None)

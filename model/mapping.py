@@ -1,0 +1,307 @@
+"""Hugging Face's Llama tensors <-> Megatron's, one at a time, and their tensor-parallel shards.
+
+Dimension letters: G KV heads, Q query heads per KV head, H head dim, D hidden size, F ffn size,
+V vocabulary, R tensor-parallel size. Weights are [out, in], as torch.nn.Linear keeps them.
+
+Both transformers and megatron-core rotate halves of a head in RoPE, so that no row moves within a
+head. Megatron's names and forms here are those of a model without tensor parallelism (TP=1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from model.config import ModelConfig
+from model.rope import ROPE_TYPES
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+ROPE_KEYS = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+class MappingError(ValueError):
+    """A model or tensor that has no place in the mapping; the message names the remedy."""
+
+
+def megatron_to_hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """For each Megatron tensor, in the order of the forward pass, the HF tensors it is made of."""
+    names: dict[str, tuple[str, ...]] = {EMBEDDING: ("model.embed_tokens.weight",)}
+    for layer in range(config.num_layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for name, parts in (
+            ("input_layernorm", ("input_layernorm",)),
+            ("self_attention.linear_qkv", tuple(f"self_attn.{p}_proj" for p in "qkv")),
+            ("self_attention.linear_proj", ("self_attn.o_proj",)),
+            ("pre_mlp_layernorm", ("post_attention_layernorm",)),
+            ("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj")),
+            ("mlp.linear_fc2", ("mlp.down_proj",)),
+        ):
+            names[f"{ours}{name}.weight"] = tuple(f"{theirs}{part}.weight" for part in parts)
+    names[FINAL_NORM] = ("model.norm.weight",)
+    if not config.tie_embeddings:
+        names[OUTPUT] = ("lm_head.weight",)
+    return names
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """For each HF tensor of the model, its shape."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    queries = config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    by_part = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "norm": (hidden,),
+    }
+    names = [name for parts in megatron_to_hf_names(config).values() for name in parts]
+    return {name: by_part[name.split(".")[-2]] for name in names}
+
+
+def merge(name: str, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    """The Megatron tensor `name` (TP=1 form) of its HF tensors, in `megatron_to_hf_names`' order.
+
+    linear_qkv is [G * (Q + 2) * H, D]: per KV group its query heads, then its key, then its value.
+    linear_fc1 is [2 * F, D]: the gate, then the up projection.
+
+    Raises:
+        MappingError: on an unknown name, a wrong shape or parts of different dtypes.
+    """
+    sources = _sources(name, config)
+    shapes = hf_shapes(config)
+    found = [tuple(part.shape) for part in parts]
+    expected = [shapes[source] for source in sources]
+    if found != expected:
+        raise MappingError(
+            f"{name}: parts of shapes {found}; must be {expected} ({', '.join(sources)}); "
+            "check the model's config.json"
+        )
+    if len({part.dtype for part in parts}) != 1:
+        raise MappingError(
+            f"{name}: parts of dtypes {[str(part.dtype) for part in parts]}; must be one dtype; "
+            "save the model in one dtype"
+        )
+    if "linear_qkv" in name:
+        groups = config.num_kv_heads
+        per_group = [part.reshape(groups, -1, config.hidden_size) for part in parts]
+        return torch.cat(per_group, dim=1).reshape(-1, config.hidden_size)
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def split(name: str, tensor: torch.Tensor, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The HF tensors of the Megatron tensor `name` in its TP=1 form: the inverse of `merge`.
+
+    Raises:
+        MappingError: on an unknown name or a wrong shape.
+    """
+    sources = _sources(name, config)
+    _check_shape(name, tensor, config)
+    if "linear_qkv" in name:
+        head, queries = config.head_dim, config.num_heads // config.num_kv_heads
+        grouped = tensor.reshape(config.num_kv_heads, -1, config.hidden_size)
+        parts = grouped.split([queries * head, head, head], dim=1)
+        parts = [part.reshape(-1, config.hidden_size) for part in parts]
+    else:
+        parts = tensor.chunk(len(sources))
+    return dict(zip(sources, (part.contiguous() for part in parts), strict=True))
+
+
+def padded_vocab(vocab_size: int, size: int) -> int:
+    """Rows of the embedding under tensor parallelism: the next multiple of `size`."""
+    return -(-vocab_size // size) * size
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Refuse a tensor-parallel size that does not divide the model.
+
+    Raises:
+        MappingError: where KV heads or the ffn size are no multiple of `size`.
+    """
+    for field, value in (
+        ("KV heads", config.num_kv_heads),
+        ("ffn_hidden_size", config.ffn_hidden_size),
+    ):
+        if size < 1 or value % size:
+            legal = [r for r in range(1, value + 1) if value % r == 0][:12]
+            raise MappingError(
+                f"tensor parallel size {size}: {field} ({value}) must be a multiple of it, such as "
+                f"{legal}; set parallel.tensor"
+            )
+
+
+def tp_shard(
+    name: str, tensor: torch.Tensor, rank: int, size: int, config: ModelConfig
+) -> torch.Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of the Megatron tensor `name` (TP=1 form).
+
+    linear_qkv: the rank's KV groups. linear_fc1: [gate_r; up_r]. linear_proj and linear_fc2: the
+    rank's columns. Embedding and output: the rank's rows, zeros beyond the vocabulary. Norms:
+    whole.
+
+    Raises:
+        MappingError: on an unknown name, a wrong shape, a size that does not divide the model or a
+            rank outside it.
+    """
+    check_tensor_parallel(config, size)
+    if not 0 <= rank < size:
+        raise MappingError(f"tensor parallel rank {rank}: must be from 0 to {size - 1}")
+    _check_shape(name, tensor, config)
+    if "norm" in name:
+        return tensor
+    if name in (EMBEDDING, OUTPUT):
+        extra = padded_vocab(config.vocab_size, size) - config.vocab_size
+        return pad(tensor, (0, 0, 0, extra)).chunk(size)[rank].contiguous()
+    if "linear_fc1" in name:
+        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    return tensor.chunk(size, dim=_tp_dim(name))[rank].contiguous()
+
+
+def tp_unshard(name: str, shards: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    """The Megatron tensor `name` in its TP=1 form of all ranks' shards: the inverse of `tp_shard`.
+
+    Raises:
+        MappingError: on an unknown name, shards of a wrong shape, or norm replicas that differ.
+    """
+    _sources(name, config)
+    check_tensor_parallel(config, len(shards))
+    if "norm" in name:
+        if not all(torch.equal(shards[0], shard) for shard in shards[1:]):
+            raise MappingError(
+                f"{name}: its {len(shards)} tensor-parallel replicas differ; they must be equal: "
+                "their gradients were not summed over the ranks; train again"
+            )
+        whole = shards[0]
+    elif name in (EMBEDDING, OUTPUT):
+        whole = torch.cat(list(shards))[: config.vocab_size]
+    elif "linear_fc1" in name:
+        halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        whole = torch.cat([part for half in halves for part in half])
+    else:
+        whole = torch.cat(list(shards), dim=_tp_dim(name))
+    _check_shape(name, whole, config)
+    return whole
+
+
+def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
+    """The shape of a Hugging Face Llama's config.json: all layers full, both ropes its own.
+
+    Values that config.json leaves out take transformers' defaults for a Llama.
+
+    Raises:
+        MappingError: on another architecture, a feature that the Megatron model lacks, a rope type
+            outside `model.rope.ROPE_TYPES` or a missing value.
+    """
+    for key, legal in (
+        ("model_type", ("llama",)),
+        ("hidden_act", ("silu", None)),
+        ("attention_bias", (False, None)),
+        ("mlp_bias", (False, None)),
+        ("pretraining_tp", (1, None)),
+        ("quantization_config", (None,)),
+    ):
+        if values.get(key) not in legal:
+            shown = "absent" if legal == (None,) else repr(legal[0])
+            raise MappingError(
+                f"config.json: {key}={values.get(key)!r}: must be {shown}; choose another "
+                "model.source"
+            )
+    required = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+    )
+    for key in required:
+        if not isinstance(values.get(key), int) or values[key] < 1:
+            raise MappingError(
+                f"config.json: {key}={values.get(key)!r}: must be a whole number of at least 1; "
+                "mend config.json or fetch the model again"
+            )
+    num_heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    rope = _rope_parameters(values)
+    return ModelConfig(
+        num_layers=values["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=values["intermediate_size"],
+        num_heads=num_heads,
+        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        head_dim=values.get("head_dim") or hidden // num_heads,
+        vocab_size=values["vocab_size"],
+        max_positions=values.get("max_position_embeddings") or 2048,
+        norm_eps=values.get("rms_norm_eps") or 1e-6,
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        rope=rope,
+        sparse_rope=dict(rope),
+        is_full=(True,) * values["num_hidden_layers"],
+    )
+
+
+def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope parameters as transformers 5 writes them, of its keys or of the older ones."""
+    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise MappingError(
+            f"config.json: rope_type={kind!r}: must be one of {', '.join(ROPE_TYPES)}; choose "
+            "another model.source"
+        )
+    base = given.get("rope_theta") or values.get("rope_theta") or 10000.0
+    rope = {**given, "rope_theta": float(base)}
+    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    missing = [key for key in ROPE_KEYS[kind] if rope.get(key) is None]
+    if missing or partial != 1.0:
+        raise MappingError(
+            f"config.json: rope parameters {given}: rope_type {kind!r} needs "
+            f"{', '.join(ROPE_KEYS[kind])} and a partial_rotary_factor of 1; mend config.json"
+        )
+    return {"rope_type": kind, **{key: rope[key] for key in ROPE_KEYS[kind]}}
+
+
+def _sources(name: str, config: ModelConfig) -> tuple[str, ...]:
+    names = megatron_to_hf_names(config)
+    if name not in names:
+        raise MappingError(
+            f"{name}: no such Megatron tensor; must be {EMBEDDING}, decoder.layers.0 to "
+            f"{config.num_layers - 1}, {FINAL_NORM} or, where embeddings are not tied, {OUTPUT}; "
+            "check the model's config.json"
+        )
+    return names[name]
+
+
+def _check_shape(name: str, tensor: torch.Tensor, config: ModelConfig) -> None:
+    shapes = hf_shapes(config)
+    parts = [shapes[source] for source in _sources(name, config)]
+    expected = (sum(shape[0] for shape in parts), *parts[0][1:])
+    if tuple(tensor.shape) != expected:
+        raise MappingError(
+            f"{name}: shape {tuple(tensor.shape)}; must be {expected}; check that the weights "
+            "belong to this model"
+        )
+
+
+def _tp_dim(name: str) -> int:
+    return 1 if "linear_proj" in name or "linear_fc2" in name else 0

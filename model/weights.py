@@ -1,0 +1,240 @@
+"""Folders of named tensors in safetensors files: read lazily, written in shards of bounded size.
+
+A folder written here holds PREFIX-00001.safetensors, ... and an index in Hugging Face's form that
+says which file holds which tensor. Hugging Face's own folders are read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+INDEX = "weights.index.json"
+HF_INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 * 1024**3
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or written; the message names the file and the remedy."""
+
+
+class WeightFolder:
+    """The tensors of a folder by name; a tensor is read from its file when asked for.
+
+    Args:
+        folder: holds safetensors files, with an index or without.
+        allow_pickle: where there are no safetensors files, read pickled ones, with torch.load's
+            weights_only=True.
+
+    Raises:
+        WeightsError: on a folder without weights, with pickled ones only, a file that cannot be
+            read or is missing, or a tensor that lies in two files.
+    """
+
+    def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        self._open: tuple[Path, object] | None = None
+        for path in _weight_files(folder, allow_pickle):
+            for name in self._handle(path).keys():  # noqa: SIM118 (a safetensors handle, no dict)
+                if name in self._file_of:
+                    raise WeightsError(
+                        f"{folder}: tensor {name} lies in {self._file_of[name].name} and in "
+                        f"{path.name}; remove the file that does not belong there"
+                    )
+                self._file_of[name] = path
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, file by file."""
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds tensor `name`."""
+        if name not in self._file_of:
+            raise WeightsError(
+                f"{self.folder}: no tensor {name}; it holds {len(self)} tensors such as "
+                f"{', '.join(list(self)[:3])}; check that it is the right folder"
+            )
+        return self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name`, without reading its values."""
+        handle = self._handle(self.file_of(name))
+        if isinstance(handle, dict):
+            return tuple(handle[name].shape)
+        return tuple(handle.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """How tensor `name` is stored, in safetensors' terms, such as "BF16"."""
+        handle = self._handle(self.file_of(name))
+        if isinstance(handle, dict):
+            return DTYPES.get(handle[name].dtype, str(handle[name].dtype))
+        return handle.get_slice(name).get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` on the CPU, in the dtype that it is stored in."""
+        handle = self._handle(self.file_of(name))
+        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
+    def _handle(self, path: Path) -> object:
+        """The opened file: one at a time, so that a large model passes through little RAM."""
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            self._open = (path, _open(path))
+        return self._open[1]
+
+
+def read_weight(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a folder, read lazily. To read many, keep a `WeightFolder`."""
+    return WeightFolder(folder).read(name)
+
+
+def iterate_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor of a folder, in the order of its files, one in memory each."""
+    weights = WeightFolder(folder)
+    for name in weights:
+        yield name, weights.read(name)
+
+
+def write_weights(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    index: str = INDEX,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, int]:
+    """Write named tensors as they come, at most one shard of them in memory, and their index.
+
+    Args:
+        index: its name; HF_INDEX makes a folder that transformers loads.
+        shard_bytes: a shard is written before it would exceed this; a larger tensor is one alone.
+
+    Returns:
+        {"tensors", "parameters", "bytes", "shards"}
+
+    Raises:
+        WeightsError: where a file cannot be written, as on a full disk.
+    """
+    prefix = index.split(".")[0]
+    weight_map: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    counts = {"tensors": 0, "parameters": 0, "bytes": 0, "shards": 0}
+    held = 0
+
+    def flush() -> None:
+        counts["shards"] += 1
+        file = f"{prefix}-{counts['shards']:05d}.safetensors"
+        with _writing(folder / file):
+            save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            flush()
+            held = 0
+        shard[name] = tensor.contiguous()
+        held += tensor.nbytes
+        counts["tensors"] += 1
+        counts["parameters"] += tensor.numel()
+        counts["bytes"] += tensor.nbytes
+    if shard:
+        flush()
+    content = {"metadata": {"total_size": counts["bytes"]}, "weight_map": weight_map}
+    with _writing(folder / index):
+        (folder / index).write_text(json.dumps(content, indent=2) + "\n")
+    return counts
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name the file and the remedy where writing fails, as on a full disk."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: cannot be written ({error}); free space on that disk or set outputs to "
+            "another"
+        ) from error
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+    """The files to read: those of an index, else all safetensors files, else pickled ones."""
+    for name in (INDEX, HF_INDEX):
+        if (folder / name).is_file():
+            return _indexed_files(folder / name)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    pickled = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    pickled = [path for path in pickled if path.name != "training_args.bin"]
+    if pickled and not allow_pickle:
+        raise WeightsError(
+            f"{folder}: weights are pickled ({', '.join(path.name for path in pickled[:4])}); "
+            "pickles can run code: fetch the model's safetensors, or set model.allow_pickle=true "
+            "to read them with weights_only"
+        )
+    if not pickled:
+        raise WeightsError(
+            f"{folder}: no *.safetensors file; fetch the model again with stage=fetch force=true, "
+            "or set model.source to a folder that holds its weights"
+        )
+    return pickled
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise WeightsError(
+            f"{index}: not an index of safetensors files ({error!r}); fetch the model again"
+        ) from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"{index}: names {', '.join(missing[:4])}, which the folder lacks; fetch the model "
+            "again"
+        )
+    return [index.parent / name for name in names]
+
+
+def _open(path: Path) -> object:
+    """A safetensors handle, or a dict of tensors of a pickled file."""
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework="pt", device="cpu")
+        # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: truncated or unreadable ({error}); fetch the model again"
+        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: not readable with weights_only: it is damaged or holds more than tensors "
+            f"({str(error).splitlines()[0]}); fetch the model's safetensors instead"
+        ) from error
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise WeightsError(
+            f"{path}: holds a {type(content).__name__} that is not one of tensors by name; fetch "
+            "the model's safetensors instead"
+        )
+    return content

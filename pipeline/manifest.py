@@ -1,0 +1,113 @@
+"""Stage folders: written under a temporary name, renamed when whole, described by manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.schema import Config
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed", "numpy", "triton")
+
+
+class StageError(RuntimeError):
+    """A stage cannot go on; the message names what is wrong and the remedy."""
+
+
+class StageStopped(Exception):
+    """A stage was asked to stop by a signal, saved, and goes on with the same command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after a save")
+        # The shell's convention for a process that a signal ended.
+        self.exit_code = 128 + number
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage gets: its configuration, the folder it writes, the folders it reads.
+
+    `out` is renamed into place when the stage's run() returns; `folder(name)` is the finished
+    folder of an earlier stage.
+    """
+
+    config: Config
+    out: Path
+    folder: Callable[[str], Path]
+    log: logging.Logger
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that name a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder; None where there is none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf in which two configurations differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")
+        return lines
+    return [] if old == new else [f"{prefix[:-1]}: {old!r} -> {new!r}"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def finish(
+    out: Path,
+    final: Path,
+    stage: str,
+    depends_on: dict[str, Any],
+    inputs: dict[str, str],
+    counts: dict[str, Any],
+    started: float,
+) -> None:
+    """Write the manifest into `out` and rename it to `final`, replacing what was there."""
+    manifest = {
+        "stage": stage,
+        "config": depends_on,
+        "inputs": inputs,
+        "id": digest([stage, depends_on, inputs]),
+        "versions": versions(),
+        "counts": counts,
+        "seconds": round(time.time() - started, 2),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    if final.exists():
+        old = final.with_name(final.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        out.rename(final)
+        shutil.rmtree(old)
+    else:
+        out.rename(final)

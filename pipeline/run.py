@@ -1,0 +1,27 @@
+"""The one entry: `python pipeline/run.py [experiment=NAME] [stage=NAME] [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Python puts this folder first on sys.path, where `tasks`, `training` or `stages` would hide others.
+sys.path[0] = str(ROOT)
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from pipeline.runner import execute  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def main(composed: DictConfig) -> None:
+    """Run the stage, or the chain of stages, that the configuration names."""
+    code = execute(composed)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Runs stages in order: skips what is finished, redoes what changed, says why it stops."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pipeline.manifest import (
+    StageContext,
+    StageError,
+    StageStopped,
+    changed_keys,
+    digest,
+    finish,
+    read_manifest,
+)
+from pipeline.schema import Config
+from pipeline.validation import CHAIN, ConfigError, parse
+
+log = logging.getLogger("longgen")
+
+# Stages whose results controls, seeds and ablations share.
+SHARED = ("fetch", "data_prep", "convert")
+PARTIAL = "partial.json"
+
+
+def _log_to_terminal() -> None:
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+def stage_module(stage: str) -> ModuleType:
+    """The module of a stage: inputs or INPUTS, depends_on and run."""
+    return importlib.import_module(f"pipeline.stages.{stage}")
+
+
+def stage_inputs(stage: str, config: Config) -> tuple[str, ...]:
+    """Names of the stages whose folders this one reads under this configuration."""
+    module = stage_module(stage)
+    return module.inputs(config) if hasattr(module, "inputs") else module.INPUTS
+
+
+class Runner:
+    """The stages of one configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = Path(config.outputs).absolute()
+        self._wanted: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {}
+
+    def wanted(self, stage: str) -> tuple[dict[str, Any], dict[str, str], str]:
+        """(what the stage depends on, ids of its inputs, its own id)."""
+        if stage not in self._wanted:
+            # Through JSON and back, as the manifest holds it.
+            depends_on = json.loads(
+                json.dumps(stage_module(stage).depends_on(self.config), default=str)
+            )
+            inputs = {name: self.wanted(name)[2] for name in stage_inputs(stage, self.config)}
+            self._wanted[stage] = depends_on, inputs, digest([stage, depends_on, inputs])
+        return self._wanted[stage]
+
+    def folder(self, stage: str) -> Path:
+        """Where the stage's finished folder lies, or will lie."""
+        if stage in SHARED:
+            return self.root / "artifacts" / stage / self.wanted(stage)[2]
+        return self.root / self.config.name / self.config.variant / stage
+
+    def finished(self, stage: str) -> Path:
+        """The finished folder of an input; StageError where it is absent or of another config."""
+        folder = self.folder(stage)
+        manifest = read_manifest(folder)
+        if manifest is None or manifest["id"] != self.wanted(stage)[2]:
+            state = "is missing" if manifest is None else "was made with another configuration"
+            raise StageError(f"{folder}: {state}; run stage={stage} first")
+        return folder
+
+    def _partial_folder(self, stage: str, final: Path, log_: logging.Logger) -> Path:
+        """The folder to write in: what a killed run left of a resumable stage, or a new one."""
+        depends_on, inputs, _ = self.wanted(stage)
+        out = final.with_name(final.name + ".partial")
+        record = {"config": depends_on, "inputs": inputs}
+        if out.exists():
+            try:
+                left = json.loads((out / PARTIAL).read_text())
+            except (OSError, json.JSONDecodeError):
+                left = None
+            resumable = getattr(stage_module(stage), "RESUMABLE", False)
+            if resumable and left == record and not self.config.force:
+                log_.info("continuing what an earlier run left")
+                return out
+            if resumable and left is not None and left != record and not self.config.force:
+                raise StageError(
+                    f"{out}: holds unfinished work of another configuration ("
+                    + "; ".join(changed_keys(left, record))
+                    + "); choose variant=NAME for the new one, or force=true to drop the old"
+                )
+            shutil.rmtree(out)
+        out.mkdir(parents=True)
+        (out / PARTIAL).write_text(json.dumps(record, default=str) + "\n")
+        return out
+
+    def run(self, stage: str) -> dict[str, Any]:
+        """Run one stage unless its finished folder still matches; its counts."""
+        stage_log = logging.getLogger(f"longgen.{stage}")
+        depends_on, inputs, wanted_id = self.wanted(stage)
+        final = self.folder(stage)
+        manifest = read_manifest(final)
+        if manifest and manifest["id"] == wanted_id and not self.config.force:
+            log.info("%s: up to date, skipped (%s)", stage, final)
+            return manifest["counts"]
+        if manifest and not self.config.force:
+            old = {"config": manifest["config"], "inputs": manifest["inputs"]}
+            changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
+            raise StageError(
+                f"{final}: was made with another configuration ({'; '.join(changes)}); choose "
+                "variant=NAME to keep it, or force=true to redo it"
+            )
+        for name in inputs:
+            self.finished(name)
+        log.info("%s: starts", stage)
+        started = time.time()
+        out = self._partial_folder(stage, final, stage_log)
+        context = StageContext(self.config, out, self.finished, stage_log)
+        counts = stage_module(stage).run(context)
+        (out / PARTIAL).unlink()
+        finish(out, final, stage, depends_on, inputs, counts, started)
+        log.info("%s: done in %.1f s", stage, time.time() - started)
+        return counts
+
+
+def execute(composed: DictConfig) -> int:
+    """Run what the configuration names; the process's exit code."""
+    _log_to_terminal()
+    try:
+        config = parse(composed)
+        runner = Runner(config)
+        stages = CHAIN if config.stage == "chain" else (config.stage,)
+        log.info(
+            "experiment %s, variant %s, device %s", config.name, config.variant, config.device
+        )
+        for stage in stages:
+            counts = runner.run(stage)
+    except (ConfigError, StageError) as error:
+        log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command continues")
+        return 130
+    except StageStopped as stopped:
+        log.error("%s; the same command continues", stopped)
+        return stopped.exit_code
+    if "summary" in counts:
+        for line in counts["summary"]:
+            log.info("%s", line)
+        log.info("%s", runner.folder(stages[-1]) / "index.html")
+    return 0

@@ -1,0 +1,226 @@
+"""The types of every configuration value. pipeline/validation.py says what is refused."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelSection:
+    """conf/model: where the pretrained weights come from and the shape they must have.
+
+    source: a folder, a .gguf file, a hub id, "pypi:NAME==VERSION" (a package that holds a GGUF
+    file) or "random" (a fresh model and a BPE vocabulary trained on the data).
+    """
+
+    name: str = "???"
+    source: str = "???"
+    revision: str | None = None
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    vocab_size: int = 0
+    max_positions: int = 0
+    norm_eps: float = 1e-5
+    rope_base: float = 1e4
+    tie_embeddings: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass
+class PatternSection:
+    """conf/pattern: what a sparse layer sees; see kernels/pattern.py."""
+
+    sink_tokens: int = 64
+    window: int = 2048
+    block: int = 64
+    stride: int | None = None
+    phase: str = "shared"
+
+
+@dataclass
+class ScheduleSection:
+    """Which layers are full: see model.config.resolve_schedule."""
+
+    full: Any = "middle"
+    count: int | None = None
+
+
+@dataclass
+class RopeSection:
+    """RoPE bases after finetuning; null keeps the model's own (sparse_base: that of `base`)."""
+
+    base: float | None = None
+    sparse_base: float | None = None
+
+
+@dataclass
+class SourceSection:
+    """One text source. path: a file or folder, or "stdlib"; with `package`, inside the package.
+
+    package: null, "debian:NAME" or "pypi:NAME==VERSION": fetched by stage=fetch.
+    format: text (a file is a document), jsonl, parquet, directory (all text files of one folder
+    make a document). weight: its share of the token budget.
+    """
+
+    name: str = "???"
+    path: str = "???"
+    package: str | None = None
+    format: str = "text"
+    glob: str = "**/*"
+    field: str = "text"
+    weight: float = 1.0
+
+
+@dataclass
+class UpsampleSection:
+    """Fu et al. 2024: documents under `threshold` tokens are kept with probability keep_short."""
+
+    threshold: int = 4096
+    keep_short: float = 0.1
+
+
+@dataclass
+class DataSection:
+    """conf/data: documents to packed rows of `seq_length` tokens.
+
+    data_root: where a recipe's source paths begin. tokens: the budget of the training rows; null
+    takes every document once. held_out: share of the documents that are kept from training.
+    """
+
+    name: str = "???"
+    data_root: str | None = None
+    sources: list[SourceSection] = field(default_factory=list)
+    seq_length: int = 1024
+    tokens: int | None = None
+    held_out: float = 0.05
+    held_out_tokens: int | None = None
+    upsample: UpsampleSection | None = None
+    packing: str = "concat"
+    seed: int = 1
+    strict: bool = False
+    workers: int = 2
+
+
+@dataclass
+class ParallelSection:
+    """conf/parallel: how the world is divided. data-parallel size = world / (tensor * ulysses)."""
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    tensor: int = 1
+    sequence_parallel: bool = False
+    ulysses: int = 1
+    zero_stage: int = 1
+    optimizer_offload: bool = False
+
+
+@dataclass
+class TrainSection:
+    """conf/train: optimisation. Sizes in rows of data.seq_length tokens."""
+
+    steps: int = 100
+    rows_per_step: int = 8
+    micro_batch_rows: int = 1
+    lr: float = 2e-5
+    lr_schedule: str = "constant"
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 1
+    precision: str = "bf16"
+    recompute: str = "none"
+    document_mask: bool = True
+    deterministic: bool = False
+    log_every: int = 1
+    validate_every: int = 50
+    validation_rows: int = 8
+    position_bucket: int = 2048
+    save_every: int = 50
+    keep_last: int = 2
+
+
+@dataclass
+class ExportSection:
+    """What is exported: the finetuned weights or, as a control, the converted ones."""
+
+    source: str = "finetune"
+    dtype: str = "bf16"
+
+
+@dataclass
+class PerplexitySection:
+    """Perplexity by position on held-out documents of at least `min_length` tokens."""
+
+    documents: int = 16
+    min_length: int = 1024
+    max_length: int = 1024
+    bucket: int = 2048
+
+
+@dataclass
+class NiahSection:
+    """Needle in a haystack: lengths in tokens, depths in percent, samples per cell."""
+
+    lengths: list[int] = field(default_factory=lambda: [512, 1024])
+    depths: list[int] = field(default_factory=lambda: [0, 25, 50, 75, 100])
+    samples: int = 2
+    seed: int = 1
+
+
+@dataclass
+class EvalSection:
+    """conf/eval: tasks, and the models they run on (base: as fetched; final: as exported)."""
+
+    tasks: list[str] = field(default_factory=lambda: ["perplexity", "niah"])
+    models: list[str] = field(default_factory=lambda: ["base", "final"])
+    prefill_chunk: int = 4096
+    perplexity: PerplexitySection = field(default_factory=PerplexitySection)
+    niah: NiahSection = field(default_factory=NiahSection)
+
+
+@dataclass
+class WandbSection:
+    """mode: auto (online where a key is present, else offline), online, offline, disabled."""
+
+    mode: str = "auto"
+    project: str = "longgen"
+    entity: str | None = None
+
+
+@dataclass
+class GenerateSection:
+    """stage=generate."""
+
+    prompt: str = ""
+    max_new_tokens: int = 64
+    model: str = "final"
+
+
+@dataclass
+class Config:
+    """The whole configuration of one run."""
+
+    name: str = "???"
+    variant: str = "main"
+    stage: str = "chain"
+    force: bool = False
+    outputs: str = "outputs"
+    device: str = "auto"
+    model: ModelSection = field(default_factory=ModelSection)
+    pattern: PatternSection = field(default_factory=PatternSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    rope: RopeSection = field(default_factory=RopeSection)
+    data: DataSection = field(default_factory=DataSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    export: ExportSection = field(default_factory=ExportSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    wandb: WandbSection = field(default_factory=WandbSection)
+    generate: GenerateSection = field(default_factory=GenerateSection)
+    cluster: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,192 @@
+"""export: trained weights to a Hugging Face folder that runs with transformers and torch alone.
+
+The folder holds config.json, safetensors, the tokenizer's files and byte-identical copies of the
+model's own python files, which AutoModelForCausalLM loads with trust_remote_code=True.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import kernels
+import model
+from kernels.pattern import Pattern
+from model.config import ModelConfig, resolve_schedule
+from model.mapping import config_from_hf, hf_shapes, split
+from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from model.weights import HF_INDEX, iterate_weights, write_weights
+from pipeline.manifest import StageContext, StageError
+from pipeline.schema import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AUTO_MAP = {
+    "AutoConfig": "modeling_longgen.LongGenConfig",
+    "AutoModelForCausalLM": "modeling_longgen.LongGenForCausalLM",
+}
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+ENTRY = "modeling_longgen.py"
+
+
+def inputs(config: Config) -> tuple[str, ...]:
+    """The stages that the export reads: with export.source=convert no training is needed."""
+    trained = () if config.export.source == "convert" else ("finetune",)
+    return ("fetch", "convert", *trained)
+
+
+INPUTS = inputs
+
+
+def depends_on(config: Config) -> dict:
+    """Values that decide the exported folder, besides its inputs."""
+    values = {
+        "export": asdict(config.export),
+        "seq_length": config.data.seq_length,
+        "code": hashlib.sha256(b"".join(p.read_bytes() for p in python_files())).hexdigest()[:16],
+    }
+    if config.export.source == "convert":
+        values |= {"pattern": asdict(config.pattern), "schedule": asdict(config.schedule)}
+    return values
+
+
+def python_files() -> list[Path]:
+    """The model's file and all that it imports relatively, each once."""
+    found, waiting = [], [Path(model.__file__).parent / ENTRY]
+    while waiting:
+        path = waiting.pop(0)
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r"^\s*from \.(\w+) import", path.read_text(), re.MULTILINE):
+            beside = path.parent / f"{name}.py"
+            # model/__init__.py binds the kernels as siblings of the model's modules.
+            kernel = Path(kernels.__file__).parent / beside.name
+            waiting.append(beside if beside.exists() else kernel)
+    return found
+
+
+def longgen_config(model_config: ModelConfig, hf_folder: Path | None = None) -> LongGenConfig:
+    """The exported class's configuration; token ids and the like from the source's config.json."""
+    kept = {}
+    if hf_folder is not None:
+        source = json.loads((hf_folder / "config.json").read_text())
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+        kept = {name: source[name] for name in names if name in source}
+    return LongGenConfig(
+        vocab_size=model_config.vocab_size,
+        hidden_size=model_config.hidden_size,
+        intermediate_size=model_config.ffn_hidden_size,
+        num_hidden_layers=model_config.num_layers,
+        num_attention_heads=model_config.num_heads,
+        num_key_value_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        max_position_embeddings=model_config.max_positions,
+        rms_norm_eps=model_config.norm_eps,
+        tie_word_embeddings=model_config.tie_embeddings,
+        pattern=asdict(model_config.pattern),
+        is_full=list(model_config.is_full),
+        rope=dict(model_config.rope),
+        sparse_rope=dict(model_config.sparse_rope),
+        **kept,
+    )
+
+
+def load_source(
+    hf_folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> LongGenForCausalLM:
+    """A stock Llama folder in our class with every layer full: the base that runs are held against.
+
+    Raises:
+        MappingError: where config.json is not that of a Llama as model.mapping knows it.
+    """
+    values = json.loads((hf_folder / "config.json").read_text())
+    config = longgen_config(config_from_hf(values), hf_folder)
+    loaded = LongGenForCausalLM.from_pretrained(
+        hf_folder, config=config, dtype=dtype, use_safetensors=True
+    )
+    return loaded.to(device).eval()
+
+
+def _source(context: StageContext) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]]]:
+    """The shape of the model to export and its Megatron weights."""
+    config = context.config
+    if config.export.source == "finetune":
+        from pipeline.training.checkpoint import read_weights
+
+        folder = context.folder("finetune")
+        return ModelConfig.load(folder / "model.json"), read_weights(folder)
+    if config.export.source != "convert":
+        raise StageError(
+            f"export.source={config.export.source!r}: must be finetune or convert; set "
+            "export.source"
+        )
+    folder = context.folder("convert")
+    source = ModelConfig.load(folder / "model.json")
+    schedule = resolve_schedule(config.schedule.full, config.schedule.count, source.num_layers)
+    pattern = Pattern(**asdict(config.pattern))
+    return replace(source, is_full=schedule, pattern=pattern), iterate_weights(folder)
+
+
+def _hf_tensors(
+    weights: Iterable[tuple[str, torch.Tensor]], model_config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Megatron tensors as Hugging Face's, one by one; refuses weights that are not whole."""
+    missing = hf_shapes(model_config)
+    for name, tensor in weights:
+        for hf_name, part in split(name, tensor, model_config).items():
+            missing.pop(hf_name, None)
+            # Parts of one tensor share its memory, of which a shard would hold more than it counts.
+            yield hf_name, part.to(dtype, copy=True)
+    if missing:
+        raise StageError(
+            f"{len(missing)} tensors of the model are absent from its weights, such as "
+            f"{next(iter(missing))}; run the stage that wrote them again with force=true"
+        )
+
+
+def run(context: StageContext) -> dict:
+    """Write the Hugging Face folder.
+
+    Raises:
+        StageError: on an unknown export.source or export.dtype, or weights that are not whole.
+        MappingError, WeightsError: on a tensor that has no place, a file that cannot be used.
+    """
+    config, out, fetched = context.config, context.out, context.folder("fetch") / "model"
+    if config.export.dtype not in DTYPES:
+        raise StageError(
+            f"export.dtype={config.export.dtype!r}: must be one of {', '.join(DTYPES)}; set "
+            "export.dtype"
+        )
+    dtype = DTYPES[config.export.dtype]
+    model_config, weights = _source(context)
+    positions = max(model_config.max_positions, config.data.seq_length)
+    model_config = replace(model_config, max_positions=positions)
+    tensors = _hf_tensors(weights, model_config, dtype)
+    counts = write_weights(out, tensors, index=HF_INDEX)
+    exported = longgen_config(model_config, fetched)
+    exported.architectures = [LongGenForCausalLM.__name__]
+    exported.auto_map = AUTO_MAP
+    exported.dtype = dtype
+    exported.save_pretrained(out)
+    copied = {path for pattern in COPIED for path in fetched.glob(pattern) if path.is_file()}
+    for path in (*sorted(copied), *python_files()):
+        shutil.copyfile(path, out / path.name)
+    context.log.info("exported %(tensors)d tensors in %(shards)d shards, %(bytes)d bytes", counts)
+    return counts

