@@ -181,7 +181,7 @@ class IndexedReader(Sequence):
 
 
 class PackedRowsWriter:
-    """Writes PREFIX (one item = one row of seq_length tokens) and PREFIX_documents (its lengths).
+    """Writes PREFIX (one item = one row of seq_length tokens) and PREFIX_lengths (its documents).
 
     `pad_id` fills a row's tail, which belongs to no document.
     """
@@ -190,7 +190,7 @@ class PackedRowsWriter:
         self.seq_length = seq_length
         self.pad_id = pad_id
         self._rows = IndexedWriter(prefix, dtype)
-        self._documents = IndexedWriter(_documents_prefix(prefix), "int32")
+        self._lengths = IndexedWriter(_lengths_prefix(prefix), "int32")
 
     def add(self, documents: list[np.ndarray]) -> None:
         """Append one row made of these documents' tokens, at most seq_length together."""
@@ -198,13 +198,13 @@ class PackedRowsWriter:
         tokens = np.concatenate(documents)
         row[: len(tokens)] = tokens
         self._rows.add(row)
-        self._documents.add(np.array([len(document) for document in documents]))
+        self._lengths.add(np.array([len(document) for document in documents]))
 
     def __enter__(self) -> PackedRowsWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._documents.__exit__(kind, error, trace)
+        self._lengths.__exit__(kind, error, trace)
         self._rows.__exit__(kind, error, trace)
 
 
@@ -218,10 +218,10 @@ class PackedRows(Sequence):
     def __init__(self, prefix: Path) -> None:
         self.prefix = Path(prefix)
         self._rows = IndexedReader(self.prefix)
-        self._documents = IndexedReader(_documents_prefix(self.prefix))
-        if len(self._rows) != len(self._documents):
+        self._lengths = IndexedReader(_lengths_prefix(self.prefix))
+        if len(self._rows) != len(self._lengths):
             raise DataError(
-                f"{self.prefix}: {len(self._rows)} rows, but lengths of {len(self._documents)}: "
+                f"{self.prefix}: {len(self._rows)} rows, but lengths of {len(self._lengths)}: "
                 "files of two runs; write them again with stage=data_prep force=true"
             )
 
@@ -230,7 +230,7 @@ class PackedRows(Sequence):
 
     def __getitem__(self, index: int) -> PackedRow:
         tokens = self._rows[index].astype(np.int64)
-        lengths = self._documents[index].astype(np.int64)
+        lengths = self._lengths[index].astype(np.int64)
         return PackedRow(tokens, lengths, len(tokens) - int(lengths.sum()))
 
     def __reduce__(self) -> tuple:
@@ -263,6 +263,6 @@ def _paths(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
-def _documents_prefix(prefix: Path) -> Path:
+def _lengths_prefix(prefix: Path) -> Path:
     prefix = Path(prefix)
-    return prefix.with_name(prefix.name + "_documents")
+    return prefix.with_name(prefix.name + "_lengths")

@@ -45,9 +45,10 @@ class Document:
 class Source:
     """Where documents come from: a resolved file or folder, or "stdlib" as `path`.
 
-    format "text": a file is a document; "jsonl" (plain, .gz, .zst) and "parquet": a line or row is
-    one, its text in `field`; "directory": the text files of one folder, joined, are one.
-    `glob` chooses files inside a folder; names that begin with a dot are never read.
+    format "text": a file is a document; "jsonl" and "parquet": a line or row is one, its text in
+    `field`; "directory": the text files of one folder, joined, are one. All but parquet are also
+    read from .gz and .zst files. `glob` chooses files inside a folder; names that begin with a dot
+    are never read.
     """
 
     name: str
@@ -217,7 +218,7 @@ def _decode(raw: bytes, where: str, skips: Skips, offset: int = 0) -> str | None
 
 
 def _read_text(folder: Path, name: str, source: Source, skips: Skips) -> Iterator[tuple[str, str]]:
-    text = _decode((folder / name).read_bytes(), str(folder / name), skips)
+    text = _decode(b"".join(_chunks(folder / name)), str(folder / name), skips)
     if text is not None:
         yield name, text
 
@@ -225,7 +226,7 @@ def _read_text(folder: Path, name: str, source: Source, skips: Skips) -> Iterato
 def _join_folder(folder: Path, names: list[str], skips: Skips) -> str:
     parts = []
     for name in names:
-        text = _decode((folder / name).read_bytes(), str(folder / name), skips)
+        text = _decode(b"".join(_chunks(folder / name)), str(folder / name), skips)
         if text and text.strip():
             parts.append(f"==> {name} <==\n{text.rstrip()}\n")
     return "\n".join(parts)

@@ -94,10 +94,13 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
 
     remedy = "give a model folder with tokenizer.json or tokenizer.model (stage=fetch)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:
         # transformers raises OSError, ValueError, KeyError, ... by kind of file that is missing
-        raise DataError(f"no tokenizer can be loaded from {folder}: {error}; {remedy}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].strip()}"
+        raise DataError(f"no tokenizer can be loaded from {folder}: {reason}; {remedy}") from error
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer in {folder} is a {type(tokenizer).__name__} without the form of the "

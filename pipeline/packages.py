@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 from pipeline.manifest import StageError
@@ -151,7 +152,7 @@ def _command(command: list[str], folder: Path, spec: str, verb: str) -> None:
             f"package {spec!r}: {verb} took longer than {TIMEOUT_SECONDS} s; {remedy}, {OTHERWISE}"
         ) from error
     if done.returncode:
-        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise StageError(
-            f"package {spec!r}: cannot {verb}: {' | '.join(lines[-3:])}; {remedy}, {OTHERWISE}"
-        )
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        errors = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines[-2:]
+        told = " | ".join(shorten(line, 240) for line in errors)
+        raise StageError(f"package {spec!r}: cannot {verb}: {told}; {remedy}, {OTHERWISE}")

@@ -35,6 +35,7 @@ from data_prep.sources import (
 )
 from data_prep.tokenizer import ModelTokenizer, load_tokenizer, tokenize_documents
 from pipeline.manifest import StageContext
+from pipeline.packages import folder_name
 from pipeline.schema import Config, DataSection
 
 INPUTS = ("fetch",)
@@ -43,10 +44,11 @@ LOG_SECONDS = 10.0
 
 
 def depends_on(config: Config) -> dict[str, Any]:
-    """The data section without its name and `workers`, which change no result, and the state of
-    source files that no package holds."""
+    """The data section without what changes no result, and the state of source files that no
+    package holds."""
     data = asdict(config.data)
-    del data["name"], data["workers"]
+    for key in ("name", "data_root", "workers"):
+        del data[key]
     sources = resolve_sources(config.data, None)
     return {
         **data,
@@ -74,18 +76,13 @@ def resolve_sources(data: DataSection, packages: Path | None) -> list[Source]:
             continue
         path = Path(section.path)
         if section.package is not None:
-            path = packages / package_folder(section.package) / section.path.lstrip("/")
+            path = packages / folder_name(section.package) / section.path.lstrip("/")
         elif section.path != STDLIB:
             path = path.expanduser().absolute()
         sources.append(
             Source(section.name, path, section.format, section.glob, section.field, section.weight)
         )
     return sources
-
-
-def package_folder(package: str) -> str:
-    """The folder below packages/: NAME of "debian:NAME" or "pypi:NAME==VERSION"."""
-    return package.partition(":")[2].partition("==")[0]
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.manifest import StageContext
 from pipeline.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.layout import Layout
-from pipeline.training.metrics import Metrics, truncate_after
+from pipeline.training.metrics import Metrics
 
 INPUTS = ("data_prep", "convert")
 RESUMABLE = True
@@ -98,12 +98,11 @@ def run(context: StageContext) -> dict[str, Any]:
     rows = PackedRows(context.folder("data_prep") / "train")
     held_out = PackedRows(context.folder("data_prep") / "held_out")
     found = checkpoint.newest(out / "checkpoints")
-    start = checkpoint.load(engine, found) if found else checkpoint.Progress(0, 0)
+    start = checkpoint.load(engine, found) if found else None
     if found:
         log.info("continuing from %s", found.name)
-    truncate_after(out / "metrics.jsonl", start.step if found else -1)
     name = f"{config.name}/{config.variant}"
-    metrics = Metrics(out, config.wandb, name, asdict(config), start.wandb_id)
+    metrics = Metrics(out, config.wandb, name, asdict(config), start)
     loader = Loader(
         rows,
         rows_per_step=train.rows_per_step,
@@ -115,7 +114,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     trainer = Trainer(engine, layout, shape, train, loader, held_out, metrics, out)
     try:
-        trainer.run(start)
+        trainer.run(start or checkpoint.Progress(0, 0))
     finally:
         metrics.close()
     return {

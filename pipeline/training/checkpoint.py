@@ -55,6 +55,15 @@ def _allocate_moments(engine, step: float) -> None:
                 "step": torch.tensor(float(step), dtype=torch.float32, device=device),
                 **{name: torch.zeros_like(flat) for name in MOMENTS},
             }
+    _link_moments(engine)
+
+
+def _link_moments(engine) -> None:
+    """Let the moments be reached by parameter.
+
+    DeepSpeed 0.19 does so once, after the first parameter group's first step, when the other groups
+    have none yet.
+    """
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -67,6 +76,7 @@ def save(engine, folder: Path, progress: Progress, keep_last: int) -> Path:
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    _link_moments(engine)
     state: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in engine.module.named_parameters():
         state[f"master.{name}"] = safe_get_full_fp32_param(parameter)

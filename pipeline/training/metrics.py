@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.schema import WandbSection
+from pipeline.training.checkpoint import Progress
 
 log = logging.getLogger("longgen.training")
 
@@ -50,11 +51,8 @@ class PositionLosses:
         ]
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that lie beyond `step`, and a half-written last one.
-
-    A run that died after its last checkpoint repeats those steps.
-    """
+def _truncate_after(path: Path, step: int) -> None:
+    """Drop the lines beyond `step`, which will be repeated, and a half-written last one."""
     if not path.exists():
         return
     kept = []
@@ -73,10 +71,20 @@ class Metrics:
     """Appends records to metrics.jsonl and mirrors them to W&B."""
 
     def __init__(
-        self, folder: Path, wandb: WandbSection, name: str, config: dict[str, Any], run_id: str | None
+        self,
+        folder: Path,
+        wandb: WandbSection,
+        name: str,
+        config: dict[str, Any],
+        start: Progress | None,
     ) -> None:
-        """`run_id`: the W&B run to continue, None for a new one; W&B's files go into `folder`."""
-        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+        """`start`: where the run continues, under the same W&B id; None for a new run.
+
+        Lines of steps after `start`, which a run that died had written, are dropped.
+        """
+        path = folder / "metrics.jsonl"
+        _truncate_after(path, start.step if start else -1)
+        self.file = path.open("a", buffering=1)
         self.run = None
         mode = wandb.mode
         if mode == "auto":
@@ -89,7 +97,7 @@ class Metrics:
                 project=wandb.project,
                 entity=wandb.entity,
                 name=name,
-                id=run_id,
+                id=start.wandb_id if start else None,
                 resume="allow",
                 mode=mode,
                 dir=folder,

@@ -1,4 +1,4 @@
-"""The exported class: equal to transformers' Llama where all layers are full; generate; refusals."""
+"""The exported class: equal to transformers' Llama where all is full; generate; refusals."""
 
 import subprocess
 import sys
@@ -9,8 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kernels.pattern
 import kernels.sparse_attention
-import model.pattern
-import model.sparse_attention
+import model
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from tests.model.small import PATTERNS, VOCAB, difference, ids, small_model, widen
 
@@ -135,7 +134,9 @@ def test_full_and_sparse_layers_take_their_own_rope():
     other = {"rope_type": "default", "rope_theta": 2e6}
     base = small_model(PATTERNS["window"])(tokens).logits
     for key in ("rope", "sparse_rope"):
-        assert difference(small_model(PATTERNS["window"], **{key: other})(tokens).logits, base) > 1e-3
+        assert (
+            difference(small_model(PATTERNS["window"], **{key: other})(tokens).logits, base) > 1e-3
+        )
     alone = small_model(PATTERNS["window"], is_full=[False] * 3)(tokens).logits
     moved = small_model(PATTERNS["window"], is_full=[False] * 3, rope=other)(tokens).logits
     assert torch.equal(alone, moved)
@@ -192,7 +193,7 @@ def test_configuration_survives_saving(tmp_path):
     hybrid = small_model(PATTERNS["per_head"], tie_word_embeddings=True)
     hybrid.save_pretrained(tmp_path)
     again = LongGenForCausalLM.from_pretrained(tmp_path)
-    assert again.config.to_dict() == hybrid.config.to_dict()
+    assert again.config.to_dict() == {**hybrid.config.to_dict(), "_name_or_path": str(tmp_path)}
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(again(ids(1, 20)).logits, hybrid(ids(1, 20)).logits)
 
@@ -220,7 +221,10 @@ def refusals() -> dict:
         "packed_end": (lambda: hybrid(tokens, cu_seqlens=bounds[:1]), "one packed row"),
         "packed_rows": (lambda: hybrid(ids(2, 8), cu_seqlens=bounds), "one packed row"),
         "packed_mask": (lambda: hybrid(tokens, half, cu_seqlens=bounds), "one packed row"),
-        "packed_cache": (lambda: hybrid(tokens, cu_seqlens=bounds, use_cache=True), "without cache"),
+        "packed_cache": (
+            lambda: hybrid(tokens, cu_seqlens=bounds, use_cache=True),
+            "without cache",
+        ),
         "cache": (lambda: hybrid(tokens, past_key_values=DynamicCache()), "a LongGenCache"),
         "mask": (lambda: hybrid(tokens, half[:, 1:]), r"\(1, 7\): must be \(1, 8\)"),
         "no_token": (lambda: hybrid(tokens, half * 0), "has no token"),

@@ -1,0 +1,268 @@
+"""Every reader, and every way in which a source can be wrong."""
+
+import gzip
+import json
+import os
+from itertools import islice
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data_prep import sources
+from data_prep.sources import (
+    DataError,
+    Document,
+    Skips,
+    Source,
+    fingerprint,
+    list_files,
+    read_documents,
+)
+
+RECORDS = [{"text": "first", "n": 1}, {"text": "zweite Zeile ü"}, {"text": "third\nline"}]
+
+
+def read(source, **options):
+    return list(read_documents(source, **options))
+
+
+def write_lines(path, records):
+    raw = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".gz":
+        raw = gzip.compress(raw)
+    elif path.suffix == ".zst":
+        # two frames, as pzstd and appending writers leave them
+        half = raw.index(b"\n") + 4
+        raw = b"".join(zstandard.compress(part) for part in (raw[:half], raw[half:]))
+    path.write_bytes(raw)
+    return path
+
+
+def test_text_files_are_documents_with_relative_ids(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/two.txt").write_text("two")
+    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "image.png").write_text("not asked for")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/hidden.txt").write_text("hidden")
+    source = Source("s", tmp_path, glob="**/*.txt")
+    assert read(source) == [Document("b/two.txt", "s", "two"), Document("one.txt", "s", "one")]
+    assert read(Source("s", tmp_path / "one.txt")) == [Document("one.txt", "s", "one")]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_text(tmp_path, suffix):
+    compress = gzip.compress if suffix == ".gz" else zstandard.compress
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"inside"))
+    assert [d.text for d in read(Source("s", tmp_path))] == ["inside"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_json_lines(tmp_path, name, monkeypatch):
+    # chunks smaller than a line: lines must be put together again
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 7)
+    write_lines(tmp_path / name, RECORDS)
+    documents = read(Source("s", tmp_path, "jsonl"))
+    assert [d.text for d in documents] == [r["text"] for r in RECORDS]
+    assert [d.id for d in documents] == [f"{name}:1", f"{name}:2", f"{name}:3"]
+
+
+def test_json_lines_is_lazy(tmp_path):
+    write_lines(tmp_path / "a.jsonl", RECORDS * 100_000)
+    first = list(islice(read_documents(Source("s", tmp_path, "jsonl")), 2))
+    assert [d.text for d in first] == [r["text"] for r in RECORDS[:2]]
+
+
+def test_parquet(tmp_path):
+    table = pyarrow.table({"content": ["one", None, "drei ü"], "n": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    skips = Skips()
+    documents = read(Source("s", tmp_path, "parquet", field="content"), skips=skips)
+    assert [(d.id, d.text) for d in documents] == [
+        ("a.parquet:1", "one"),
+        ("a.parquet:3", "drei ü"),
+    ]
+    assert skips.counts == {"missing fields": 1}
+
+
+def test_parquet_undecodable_row_is_counted(tmp_path):
+    raw = pyarrow.array([b"good", b"b\xffd"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    skips = Skips()
+    source = Source("s", tmp_path, "parquet")
+    assert [d.text for d in read(source, skips=skips)] == ["good"]
+    assert skips.counts == {"undecodable texts": 1}
+    with pytest.raises(DataError, match=r"a\.parquet:2.*0xff at offset 1"):
+        read(source, skips=Skips(strict=True))
+
+
+def test_directory_joins_the_files_of_one_folder(tmp_path):
+    (tmp_path / "x/y").mkdir(parents=True)
+    (tmp_path / "x/b.c").write_text("int b;\n")
+    (tmp_path / "x/a.c").write_text("int a;")
+    (tmp_path / "x/y/c.c").write_text("int c;")
+    (tmp_path / "top.c").write_text("int t;")
+    documents = read(Source("s", tmp_path, "directory"))
+    assert [d.id for d in documents] == [".", "x", "x/y"]
+    assert documents[1].text == "==> x/a.c <==\nint a;\n\n==> x/b.c <==\nint b;\n"
+
+
+def test_stdlib_is_python_text_without_tests():
+    names = list_files(Source("s", Path("stdlib")))
+    assert "json/decoder.py" in names
+    assert all(name.endswith(".py") for name in names)
+    assert not {"test", "site-packages", "lib2to3"} & {p for n in names for p in n.split("/")}
+
+
+def test_seed_orders_files_and_keeps_them_all(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text(str(i))
+    plain, one, two = (
+        [d.id for d in read(Source("s", tmp_path), seed=seed)] for seed in (None, 1, 2)
+    )
+    assert plain == sorted(one) == sorted(two)
+    assert plain != one != two
+    assert one == [d.id for d in read(Source("s", tmp_path), seed=1)]
+
+
+def test_fingerprint_sees_content_names_and_times(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    source = Source("s", tmp_path)
+    first = fingerprint(source)
+    assert fingerprint(source) == first
+    os.utime(file, (1, 1))
+    second = fingerprint(source)
+    file.rename(tmp_path / "b.txt")
+    assert len({first, second, fingerprint(source)}) == 3
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_broken_lines_are_named_and_counted_or_refused(tmp_path, suffix):
+    path = write_lines(tmp_path / f"a.jsonl{suffix}", RECORDS)
+    raw = b'{"text": "good"}\n{"text": "torn\n\n[1]\n{"other": 1}\n{"text": 5}\n'
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path.write_bytes(compress(raw))
+    source = Source("s", tmp_path, "jsonl")
+    skips = Skips()
+    assert [d.text for d in read(source, skips=skips)] == ["good"]
+    assert skips.counts == {"broken lines": 1, "missing fields": 3}
+    assert f"{path}:2" in skips.describe()
+    assert f"{path}:4" in skips.describe()
+    with pytest.raises(DataError, match=r"a\.jsonl.*:2: not JSON.*data\.strict=false"):
+        read(source, skips=Skips(strict=True))
+
+
+def test_missing_field_refused_when_strict_names_what_is_there(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"content": "b"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: no text in field 'text'.*'content'"):
+        read(Source("s", tmp_path, "jsonl"), skips=Skips(strict=True))
+
+
+def test_undecodable_bytes_are_counted_or_refused_with_their_offset(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"abc\xffdef")
+    (tmp_path / "good.txt").write_text("good")
+    source = Source("s", tmp_path)
+    skips = Skips()
+    assert [d.text for d in read(source, skips=skips)] == ["good"]
+    assert skips.counts == {"undecodable texts": 1}
+    with pytest.raises(DataError, match=r"bad\.txt: byte 0xff at offset 3"):
+        read(source, skips=Skips(strict=True))
+
+
+def test_undecodable_json_line_offset_counts_from_the_file_start(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xfe"}\n')
+    skips = Skips()
+    read(Source("s", tmp_path, "jsonl"), skips=skips)
+    assert f"{tmp_path / 'a.jsonl'}:2: byte 0xfe at offset 24" in skips.describe()
+
+
+def test_half_a_surrogate_pair_is_undecodable(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud800x"}\n{"text": "\\ud83d\\ude00"}\n')
+    skips = Skips()
+    documents = read(Source("s", tmp_path, "jsonl"), skips=skips)
+    assert [d.text for d in documents] == ["\U0001f600"]
+    assert skips.counts == {"undecodable texts": 1}
+
+
+def test_undecodable_file_in_a_directory_leaves_the_others(tmp_path):
+    (tmp_path / "a.c").write_text("int a;")
+    (tmp_path / "b.bin").write_bytes(b"\x80\x81")
+    skips = Skips()
+    (document,) = read(Source("s", tmp_path, "directory"), skips=skips)
+    assert document.text == "==> a.c <==\nint a;\n"
+    assert skips.counts == {"undecodable texts": 1}
+
+
+def test_empty_documents_are_counted_even_when_strict(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.txt").write_text("b")
+    skips = Skips(strict=True)
+    assert [d.id for d in read(Source("s", tmp_path), skips=skips)] == ["b.txt"]
+    assert skips.counts == {"empty documents": 1}
+
+
+def test_a_source_without_documents_is_refused_and_says_why(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    with pytest.raises(DataError, match="source wiki: no document in .*1 broken lines"):
+        read(Source("wiki", tmp_path, "jsonl"))
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match="source wiki: no document in .*left out: nothing"):
+        read(Source("wiki", tmp_path, "jsonl"))
+
+
+def test_missing_path_and_empty_folder_are_refused(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist; set the source's path"):
+        read(Source("s", tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"no file in .* matches '\*\*/\*'"):
+        read(Source("s", tmp_path))
+    with pytest.raises(DataError, match="glob='/etc/"):
+        read(Source("s", tmp_path, glob="/etc/*"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_truncated_archives_are_refused(tmp_path, name):
+    path = write_lines(tmp_path / name, [{"text": f"line {i}"} for i in range(2000)])
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: .*check the file"):
+        read(Source("s", tmp_path, "jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a.gz", "a.zst"])
+def test_archives_of_another_format_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"plain text, whatever its name says")
+    with pytest.raises(DataError, match=rf"cannot read .*{name}"):
+        read(Source("s", tmp_path, "jsonl"))
+
+
+def test_unreadable_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+
+    def denied(self, *arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(DataError, match=r"a\.txt: .*Permission denied; check the file and its"):
+        read(Source("s", tmp_path))
+
+
+def test_broken_parquet_and_wrong_column_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"cannot read .*a\.parquet.*whole parquet file"):
+        read(Source("s", tmp_path, "parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no text column 'text'; it has \{'text': 'int64'\}"):
+        read(Source("s", tmp_path, "parquet"))
+    with pytest.raises(DataError, match="no text column 'body'; it has"):
+        read(Source("s", tmp_path, "parquet", field="body"))
+
+
+def test_unknown_format_and_weight_are_refused(tmp_path):
+    with pytest.raises(DataError, match="format='csv': must be one of text, jsonl, parquet"):
+        Source("s", tmp_path, "csv")
+    with pytest.raises(DataError, match="weight=0.*above 0"):
+        Source("s", tmp_path, weight=0.0)

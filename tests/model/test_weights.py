@@ -1,0 +1,172 @@
+import json
+import pickle
+import resource
+import signal
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model.weights import (
+    HF_INDEX,
+    INDEX,
+    WeightFolder,
+    WeightsError,
+    iterate_weights,
+    read_weight,
+    write_weights,
+)
+
+
+def tensors(count: int = 5) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {
+        f"layer.{i}": torch.randn(8, 4, generator=generator).to(dtypes[i % 3]) for i in range(count)
+    }
+
+
+def test_shards_are_bounded_and_read_back(tmp_path):
+    given = tensors() | {"large": torch.zeros(200)}
+    counts = write_weights(tmp_path, given.items(), shard_bytes=200)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert counts["shards"] == len(files) > 2
+    assert counts["tensors"] == 6 and counts["parameters"] == 5 * 32 + 200
+    # 800 bytes of the large tensor alone; every other shard below the bound and its header.
+    assert sorted(path.stat().st_size for path in files)[-2] < 200 + 400
+    found = dict(iterate_weights(tmp_path))
+    assert list(found) == list(given)
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    assert torch.equal(read_weight(tmp_path, "layer.3"), given["layer.3"])
+    weights = WeightFolder(tmp_path)
+    assert weights.shape("layer.1") == (8, 4) and weights.dtype("layer.1") == "BF16"
+
+
+def test_writing_keeps_one_shard_in_memory(tmp_path):
+    alive = []
+
+    def stream():
+        for i in range(6):
+            tensor = torch.zeros(100)
+            alive.append(weakref.ref(tensor))
+            yield f"t{i}", tensor
+            del tensor
+            # A shard of two, and the one that the writer has just put aside for the next.
+            assert sum(ref() is not None for ref in alive) <= 2
+
+    write_weights(tmp_path, stream(), shard_bytes=800)
+    assert len(WeightFolder(tmp_path)) == 6
+
+
+def test_parts_of_one_tensor_can_be_written_together(tmp_path):
+    whole = torch.arange(8.0).reshape(4, 2)
+    write_weights(tmp_path, zip("ab", whole.chunk(2), strict=True))
+    assert torch.equal(read_weight(tmp_path, "b"), whole[2:])
+
+
+def test_transformers_loads_what_was_written_under_its_index(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=1,
+            hidden_size=16,
+            intermediate_size=16,
+            num_attention_heads=2,
+            vocab_size=32,
+        )
+    )
+    write_weights(tmp_path, model.state_dict().items(), index=HF_INDEX, shard_bytes=2000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    model.config.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_truncated_file_is_named(tmp_path, keep):
+    path = tmp_path / "model.safetensors"
+    save_file(tensors(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=r"model\.safetensors: truncated.*fetch the model again"):
+        WeightFolder(tmp_path)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(WeightsError, match="no .*safetensors.* file; fetch the model again"):
+        WeightFolder(tmp_path)
+    save_file(tensors(2), tmp_path / "a.safetensors")
+    save_file(tensors(1), tmp_path / "b.safetensors")
+    with pytest.raises(WeightsError, match=r"layer\.0 lies in a\.safetensors and in b"):
+        WeightFolder(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"layer.0": "c.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"names c\.safetensors, which the folder lacks"):
+        WeightFolder(tmp_path)
+    (tmp_path / INDEX).write_text('{"weight_map": ')
+    with pytest.raises(WeightsError, match="not an index"):
+        WeightFolder(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"layer.0": "b.safetensors"}}))
+    with pytest.raises(WeightsError, match=r"no tensor layer\.7.*layer\.0"):
+        read_weight(tmp_path, "layer.7")
+
+
+class Payload:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_need_permission_and_never_run_code(tmp_path, zipped):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match=r"pickled \(pytorch_model\.bin\).*allow_pickle=true"):
+        WeightFolder(tmp_path)
+    weights = WeightFolder(tmp_path, allow_pickle=True)
+    assert {weights.dtype(name) for name in weights} == {"F32", "F16", "BF16"}
+    assert torch.equal(weights.read("layer.1"), tensors()["layer.1"])
+
+    ran = tmp_path / "ran"
+    torch.save({"a": Payload(ran)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="pytorch_model.bin: not readable with weights_only"):
+        WeightFolder(tmp_path, allow_pickle=True)
+    assert not ran.exists()
+    # The payload does work: without weights_only it runs.
+    torch.load(path, weights_only=False)
+    assert ran.exists()
+
+
+def test_pickles_of_other_things_are_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(WeightsError, match="holds a list"):
+        WeightFolder(tmp_path, allow_pickle=True)
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=2)[:-3])
+    with pytest.raises(WeightsError, match="not readable with weights_only"):
+        WeightFolder(tmp_path, allow_pickle=True)
+
+
+def test_safetensors_are_preferred_to_pickles(tmp_path):
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    assert list(WeightFolder(tmp_path, allow_pickle=True)) == ["layer.0"]
+
+
+def test_failed_writing_names_file_and_remedy(tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(WeightsError, match=r"weights-00001\.safetensors: cannot be written.*"):
+            write_weights(tmp_path, [("a", torch.zeros(100_000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / INDEX).exists()

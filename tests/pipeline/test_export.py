@@ -1,0 +1,250 @@
+"""The export stage: a folder that transformers and torch load alone, equal to what was trained."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kernels.pattern import Pattern
+from model.config import ModelConfig
+from model.mapping import config_from_hf, megatron_to_hf_names, merge
+from model.modeling_longgen import LongGenForCausalLM
+from model.weights import WeightsError, write_weights
+from pipeline.manifest import StageContext, StageError
+from pipeline.schema import Config, PatternSection, ScheduleSection
+from pipeline.stages import export
+from tests.model.small import PATTERNS, VOCAB, difference, ids, widen
+
+ROOT = Path(export.__file__).parents[2]
+SPARSE = PATTERNS["per_head"]
+
+GENERATE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, root, prompt = sys.argv[1:]
+assert not any(path and path.startswith(root) for path in sys.path), sys.path
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert tokenizer.decode([5, 6]) == "w5 w6"
+found = model.generate(torch.tensor([json.loads(prompt)]), max_new_tokens=16, do_sample=False)
+ours = {name for name in sys.modules if name.split(".")[0] in ("model", "kernels", "pipeline")}
+assert not ours, ours
+cache = model(found, use_cache=True).past_key_values
+print(found[0].tolist(), cache.live_bytes(0), model.dtype)
+"""
+
+
+def make_source(folder: Path, tied: bool = False) -> LlamaForCausalLM:
+    """A stock Llama folder with tokenizer and generation_config."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=[2, 0],
+    )
+    llama = LlamaForCausalLM(config).eval()
+    widen(llama)
+    llama.generation_config.temperature = 0.25
+    llama.generation_config.do_sample = True
+    llama.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    (folder / "pickled.bin").write_bytes(b"not to be copied")
+    return llama
+
+
+def megatron_weights(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    """The stock folder's shape and Megatron tensors."""
+    config = config_from_hf(json.loads((folder / "config.json").read_text()))
+    tensors = load_file(folder / "model.safetensors")
+    names = megatron_to_hf_names(config).items()
+    return config, {name: merge(name, [tensors[p] for p in parts], config) for name, parts in names}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A maker of contexts: fetch and convert are there; keywords change the configuration."""
+
+    def context(tied=False, source="convert", dtype="fp32", seq_length=1024, full="middle"):
+        folders = {name: tmp_path / name for name in ("fetch", "convert", "finetune", "export")}
+        for folder in folders.values():
+            folder.mkdir()
+        make_source(folders["fetch"] / "model", tied)
+        shape, tensors = megatron_weights(folders["fetch"] / "model")
+        shape.save(folders["convert"] / "model.json")
+        write_weights(folders["convert"], tensors.items())
+        config = Config(pattern=PatternSection(**SPARSE), schedule=ScheduleSection(full, None))
+        config.export.source, config.export.dtype = source, dtype
+        config.data.seq_length = seq_length
+        log = logging.getLogger("test")
+        return StageContext(config, folders["export"], folders.__getitem__, log)
+
+    return context
+
+
+def test_the_folder_runs_without_the_repository(make, tmp_path):
+    context = make(full="bottom")
+    export.run(context)
+    here = LongGenForCausalLM.from_pretrained(context.out)
+    assert here.config.is_full == [True, True, False]
+    assert here.config.pattern == {**here.config.pattern, **SPARSE}
+    prompt = ids(40)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(context.out), str(ROOT), str(prompt.tolist())],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    expected = here.generate(prompt[None], max_new_tokens=16, do_sample=False)
+    cache = here(expected, use_cache=True).past_key_values
+    last = result.stdout.strip().splitlines()[-1]
+    assert last == f"{expected[0].tolist()} {cache.live_bytes(0)} torch.float32"
+
+
+def test_files_are_copied_byte_for_byte(make):
+    context = make()
+    counts = export.run(context)
+    names = {path.name for path in context.out.iterdir()}
+    code = {name for name in names if name.endswith(".py")}
+    assert {"modeling_longgen.py", "cache.py", "tokens.py", "rope.py"} <= code
+    assert {"pattern.py", "sparse_attention.py", "dense.py", "tiled.py"} <= code
+    for name in code:
+        folder = "model" if (ROOT / "model" / name).exists() else "kernels"
+        assert (context.out / name).read_bytes() == (ROOT / folder / name).read_bytes()
+    fetched = context.folder("fetch") / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (context.out / name).read_bytes() == (fetched / name).read_bytes()
+    weights = {name for name in names if name.endswith((".safetensors", ".bin", ".pt"))}
+    assert weights == {"model-00001.safetensors"}
+    assert "weights.index.json" not in names
+    assert counts["shards"] == 1 and counts["tensors"] == 3 + 3 * 9
+
+
+def test_copied_files_import_relatively_only():
+    allowed = {"__future__", "collections", "dataclasses", "functools", "json", "logging", "math"}
+    allowed |= {"numpy", "torch", "transformers", "triton", "typing", "itertools", "os"}
+    for path in export.python_files():
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["from"], ["import"]) and not words[1].startswith("."):
+                assert words[1].split(".")[0] in allowed, (path.name, line)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_layers_full_is_the_stock_model(make, tied):
+    context = make(tied=tied, full="all")
+    export.run(context)
+    llama = LlamaForCausalLM.from_pretrained(context.folder("fetch") / "model").eval()
+    exported = LongGenForCausalLM.from_pretrained(context.out).eval()
+    assert exported.config.tie_word_embeddings == tied
+    assert difference(exported(ids(2, 90)).logits, llama(ids(2, 90)).logits) <= 1e-4
+    config = exported.config
+    assert (config.bos_token_id, config.eos_token_id) == (1, [2, 0])
+    assert exported.generation_config.temperature == 0.25
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], tensor), name
+
+
+def test_the_source_loads_with_every_layer_full(make):
+    context = make(tied=True)
+    folder = context.folder("fetch") / "model"
+    llama = LlamaForCausalLM.from_pretrained(folder).eval()
+    ours = export.load_source(folder)
+    assert ours.config.is_full == [True] * 3
+    assert difference(ours(ids(1, 90)).logits, llama(ids(1, 90)).logits) <= 1e-4
+    assert export.load_source(folder, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_finetuned_weights_and_shape_are_exported(make, monkeypatch):
+    context = make(source="finetune", dtype="bf16", seq_length=4096)
+    shape, tensors = megatron_weights(context.folder("fetch") / "model")
+    trained = {name: tensor + 1 for name, tensor in tensors.items()}
+    pattern = Pattern(sink_tokens=1, window=5, block=2)
+    sparse_rope = {"rope_type": "default", "rope_theta": 1e6}
+    hybrid = replace(shape, is_full=(False, False, True), pattern=pattern, sparse_rope=sparse_rope)
+    hybrid.save(context.folder("finetune") / "model.json")
+
+    def read_weights(folder):
+        assert folder == context.folder("finetune")
+        # A checkpoint names tensors in an order of its own.
+        return reversed(trained.items())
+
+    monkeypatch.setattr("pipeline.training.checkpoint.read_weights", read_weights)
+    export.run(context)
+    config = json.loads((context.out / "config.json").read_text())
+    assert config["is_full"] == [False, False, True]
+    assert config["pattern"]["window"] == 5
+    assert config["rope"]["rope_theta"] == 5e4
+    assert config["sparse_rope"] == sparse_rope
+    assert config["max_position_embeddings"] == 4096
+    assert config["dtype"] == "bfloat16"
+    stock = load_file(context.folder("fetch") / "model" / "model.safetensors")
+    with safe_open(context.out / "model-00001.safetensors", "pt") as file:
+        assert set(file.keys()) == set(stock)
+        for name, tensor in stock.items():
+            assert torch.equal(file.get_tensor(name), (tensor + 1).bfloat16()), name
+
+
+def test_inputs_and_dependencies_follow_the_source():
+    config = Config()
+    assert export.inputs(config) == ("fetch", "convert", "finetune")
+    before = export.depends_on(config)
+    config.schedule.full = "top"
+    assert export.depends_on(config) == before
+    config.export.source = "convert"
+    assert export.inputs(config) == ("fetch", "convert")
+    before = export.depends_on(config)
+    config.pattern.window = 7
+    assert export.depends_on(config) != before
+    json.dumps(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("source", "teacher", "finetune or convert"), ("dtype", "int4", "bf16, fp16, fp32")],
+)
+def test_unknown_choices_are_refused(make, key, value, words):
+    context = make()
+    setattr(context.config.export, key, value)
+    with pytest.raises(StageError, match=words):
+        export.run(context)
+
+
+def test_weights_that_are_not_whole_are_refused(make):
+    context = make()
+    shape, tensors = megatron_weights(context.folder("fetch") / "model")
+    del tensors["decoder.layers.1.mlp.linear_fc1.weight"]
+    write_weights(context.folder("convert"), tensors.items())
+    with pytest.raises(StageError, match="2 tensors .* model.layers.1.mlp.gate_proj"):
+        export.run(context)
+
+
+def test_a_truncated_file_is_refused(make):
+    context = make()
+    path = next(context.folder("convert").glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="truncated"):
+        export.run(context)
