@@ -22,6 +22,8 @@ from data_prep.sources import DataError, Document
 # A worker gets documents together until they reach this; also the most one piece holds.
 BATCH_CHARACTERS = 1 << 18
 PIECE_CHARACTERS = 1 << 16
+# Tokenized here before processes are started, which import the program anew: as long as that takes.
+ALONE_CHARACTERS = 1 << 22
 _BATCH_DOCUMENTS = 256
 # Before a plain space and after a letter or digit: see Encoder.
 _CUT = re.compile(r"(?<=[^\W_]) ")
@@ -132,10 +134,14 @@ def tokenize_documents(
     if workers < 1:
         raise DataError(f"data.workers={workers}: must be 1 or more; set data.workers")
     batches = _batches(documents)
-    if workers == 1:
-        encoder = Encoder(tokenizer.serialized)
-        for batch in batches:
-            yield from _tokenize(batch, encoder, tokenizer.bos_id)
+    encoder = Encoder(tokenizer.serialized)
+    alone = 0
+    for batch in batches:
+        yield from _tokenize(batch, encoder, tokenizer.bos_id)
+        alone += sum(len(document.text) for document in batch)
+        if workers > 1 and alone >= ALONE_CHARACTERS:
+            break
+    else:
         return
     # spawn: a forked copy of a process with threads (torch, tokenizers) may hang
     pool = ProcessPoolExecutor(

@@ -15,7 +15,9 @@ from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-PROBE = "Hello world, in 2024 it was 12345 x 3.\n\tdef f(x): return x  # caf\u00e9 \u4f60\u597d\n    28"
+PROBE = (
+    "Hello world, in 2024 it was 12345 x 3.\n\tdef f(x): return x  # caf\u00e9 \u4f60\u597d\n    28"
+)
 # Vocabularies whose splitting of text transformers' import loses or knows; None: it is kept.
 PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(

@@ -14,6 +14,7 @@ from model.config import ModelConfig
 
 # In the order of their ids, as Llama-2 has them.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+NOT_THE_LIBRARY = ("site-packages", "dist-packages", "test", "__pycache__")
 TRAINING_BYTES = 4_000_000
 LEAST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
@@ -94,9 +95,12 @@ def _standard_library() -> Iterator[str]:
     """Text of the standard library's modules, by path, up to TRAINING_BYTES."""
     root = Path(sysconfig.get_path("stdlib"))
     left = TRAINING_BYTES
-    for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests"} & set(path.relative_to(root).parts):
-            continue
+    # Not the folders of installed packages and tests, which differ from machine to machine.
+    modules = list(root.glob("*.py"))
+    for folder in root.iterdir():
+        if folder.name not in NOT_THE_LIBRARY:
+            modules += folder.rglob("*.py")
+    for path in sorted(modules):
         text = path.read_text(encoding="utf-8", errors="replace")
         left -= len(text)
         yield text

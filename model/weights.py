@@ -7,11 +7,11 @@ says which file holds which tensor. Hugging Face's own folders are read as well.
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -217,20 +217,22 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _open(path: Path) -> object:
     """A safetensors handle, or a dict of tensors of a pickled file."""
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(
+                f"{path}: truncated or unreadable ({error}); fetch the model again"
+            ) from error
+    try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path}: truncated or unreadable ({error}); fetch the model again"
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    # On damaged bytes torch's unpickler fails with whatever its reading of them runs into.
+    except Exception as error:
         raise WeightsError(
             f"{path}: not readable with weights_only: it is damaged or holds more than tensors "
-            f"({str(error).splitlines()[0]}); fetch the model's safetensors instead"
+            f"({shorten(repr(error), 200)}); fetch the model's safetensors instead"
         ) from error
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
         raise WeightsError(

@@ -102,8 +102,8 @@ def unzip(archive: Path, out: Path, suffix: str = "") -> list[Path]:
             return [Path(opened.extract(member, out)) for member in members]
     except zipfile.BadZipFile as error:
         raise StageError(
-            f"{archive.name}: damaged or unsafe archive ({error}); run stage=fetch again, "
-            f"{OTHERWISE}"
+            f"{archive.name}: damaged or unsafe archive ({shorten(str(error), 200)}); run "
+            f"stage=fetch again, {OTHERWISE}"
         ) from error
 
 
@@ -114,8 +114,8 @@ def untar(archive: Path, out: Path) -> None:
             opened.extractall(out, filter="data")
     except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
         raise StageError(
-            f"{archive.name}: damaged or unsafe archive ({error}); run stage=fetch again, "
-            f"{OTHERWISE}"
+            f"{archive.name}: damaged or unsafe archive ({shorten(str(error), 200)}); run "
+            f"stage=fetch again, {OTHERWISE}"
         ) from error
 
 

@@ -14,6 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from data_prep.sources import DataError
+from model.gguf_import import GGUFError
+from model.mapping import MappingError
+from model.weights import WeightsError
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -28,6 +32,8 @@ from pipeline.validation import CHAIN, ConfigError, parse
 
 log = logging.getLogger("longgen")
 
+# What a user can mend: said in one line, without a traceback.
+USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError, GGUFError)
 # Stages whose results controls, seeds and ablations share.
 SHARED = ("fetch", "data_prep", "convert")
 PARTIAL = "partial.json"
@@ -43,14 +49,14 @@ def _log_to_terminal() -> None:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """The module of a stage: inputs or INPUTS, depends_on and run."""
+    """The module of a stage: INPUTS (names, or a function of the configuration), depends_on, run."""
     return importlib.import_module(f"pipeline.stages.{stage}")
 
 
 def stage_inputs(stage: str, config: Config) -> tuple[str, ...]:
     """Names of the stages whose folders this one reads under this configuration."""
-    module = stage_module(stage)
-    return module.inputs(config) if hasattr(module, "inputs") else module.INPUTS
+    inputs = stage_module(stage).INPUTS
+    return inputs(config) if callable(inputs) else inputs
 
 
 class Runner:
@@ -153,7 +159,7 @@ def execute(composed: DictConfig) -> int:
         )
         for stage in stages:
             counts = runner.run(stage)
-    except (ConfigError, StageError) as error:
+    except USER_ERRORS as error:
         log.error("error: %s", error)
         return 2
     except KeyboardInterrupt:

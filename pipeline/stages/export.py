@@ -109,17 +109,23 @@ def longgen_config(model_config: ModelConfig, hf_folder: Path | None = None) -> 
 
 
 def load_source(
-    hf_folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    hf_folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    allow_pickle: bool = False,
 ) -> LongGenForCausalLM:
     """A stock Llama folder in our class with every layer full: the base that runs are held against.
 
+    `allow_pickle`: where there are no safetensors files, read pickled ones with weights_only.
+
     Raises:
+        OSError: where the folder holds no weights that may be read.
         MappingError: where config.json is not that of a Llama as model.mapping knows it.
     """
     values = json.loads((hf_folder / "config.json").read_text())
     config = longgen_config(config_from_hf(values), hf_folder)
     loaded = LongGenForCausalLM.from_pretrained(
-        hf_folder, config=config, dtype=dtype, use_safetensors=True
+        hf_folder, config=config, dtype=dtype, use_safetensors=None if allow_pickle else True
     )
     return loaded.to(device).eval()
 

@@ -141,25 +141,31 @@ def _once(
     target: Path, spec: Any, make: Callable[[Path], dict[str, Any]], keep_partial: bool
 ) -> dict[str, Any]:
     """Make `target` by make(partial folder), unless an interrupted run has finished it already."""
-    name = f".{target.name}-{digest(spec)}"
-    partial, done = target.with_name(name), target.with_name(f"{name}.done")
-    if done.exists() and target.exists():
-        return json.loads(done.read_text())
+    name = digest(spec)
+    partial = target.with_name(f".{target.name}-{name}")
+    marker = target.with_name(f".{target.name}.json")
+    if marker.exists() and target.exists():
+        done = json.loads(marker.read_text())
+        if done["spec"] == name:
+            return done["counts"]
+    # The marker goes first: it must never stand beside a target of another source.
+    _remove(marker)
     _remove(target)
     if not keep_partial:
         _remove(partial)
     counts = make(partial)
     partial.rename(target)
-    done.write_text(json.dumps(counts))
+    marker.write_text(json.dumps({"spec": name, "counts": counts}))
     return counts
 
 
 def _tidy(out: Path, wanted: list[str]) -> None:
     """Remove what runs that were interrupted or asked for something else have left."""
-    for path in [*out.iterdir(), *out.glob("packages/*")]:
-        unwanted = path.parent != out and path.name not in wanted
-        if path.is_dir() and (path.name.startswith(".") or unwanted):
-            _remove(path)
+    kept = {*wanted, *(f".{name}.json" for name in wanted)}
+    partial = [path for path in out.glob(".*") if path.is_dir()]
+    unwanted = [path for path in out.glob("packages/*") if path.name not in kept]
+    for path in (*partial, *unwanted):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -150,6 +150,7 @@ def test_names_of_held_out_documents_lead_back_to_their_texts(fetched, tmp_path)
 @pytest.mark.parametrize("tokens", [None, 6000])
 def test_one_and_two_workers_write_the_same_bytes(fetched, tmp_path, monkeypatch, tokens):
     monkeypatch.setattr(tokenizer_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(tokenizer_module, "ALONE_CHARACTERS", 5000)
     upsample = UpsampleSection(200, 0.3)
     for workers in (1, 2):
         options = {"workers": workers, "tokens": tokens, "upsample": upsample}

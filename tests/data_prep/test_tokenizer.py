@@ -86,6 +86,7 @@ def documents(count=30):
 
 def test_one_and_two_workers_give_the_same(monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1500)
     one, two = (list(tokenize_documents(documents(), model_tokenizer(), n)) for n in (1, 2))
     assert [d.id for d in one] == [f"d{i}" for i in range(30)]
     for a, b in zip(one, two, strict=True):
@@ -105,6 +106,7 @@ def test_documents_begin_with_bos_and_special_text_stays_text():
 
 def test_reads_a_bounded_number_of_documents_ahead(monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1)
     taken = []
 
     def counted():
@@ -113,8 +115,8 @@ def test_reads_a_bounded_number_of_documents_ahead(monkeypatch):
             yield document
 
     stream = tokenize_documents(counted(), model_tokenizer(), workers=2)
-    next(stream)
-    assert len(taken) <= 6
+    assert [next(stream).id for _ in range(2)] == ["d0", "d1"]
+    assert 2 < len(taken) <= 7
     stream.close()
 
 
@@ -147,6 +149,11 @@ def test_a_tokenizer_without_fast_form_is_refused(tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
 
 
+def test_little_text_starts_no_process(monkeypatch):
+    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("started"))
+    assert len(list(tokenize_documents(documents(), model_tokenizer(), 2))) == 30
+
+
 def test_workers_below_one_are_refused():
     with pytest.raises(DataError, match=r"data\.workers=0: must be 1 or more"):
         next(tokenize_documents(documents(), model_tokenizer(), 0))
@@ -159,8 +166,10 @@ class Deadly(str):
         return os._exit, (1,)
 
 
-def test_a_dead_worker_is_an_error_not_a_hang():
-    deadly = iter([Document("d", "s", Deadly("x"))])
+def test_a_dead_worker_is_an_error_not_a_hang(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1)
+    deadly = iter([Document("a", "s", "alone"), Document("d", "s", Deadly("x"))])
     with pytest.raises(DataError, match=r"a tokenizer process of 2 died.*data\.workers"):
         list(tokenize_documents(deadly, model_tokenizer(), 2))
 

@@ -100,7 +100,7 @@ def assert_converted(context: StageContext, model: LlamaForCausalLM) -> None:
 def test_converted_folder_gives_back_every_tensor(context, source, tied, shards, dtype):
     context.config.model.tie_embeddings = tied
     model = save_llama(source, tied).to(dtype)
-    model.save_pretrained(source, max_shard_size="20KB" if shards == "many" else "1GB")
+    model.save_pretrained(source, max_shard_size="8KB" if shards == "many" else "1GB")
     if shards == "many":
         (source / "model.safetensors").unlink(missing_ok=True)
         assert len(list(source.glob("*.safetensors"))) > 3

@@ -178,6 +178,17 @@ def test_the_source_loads_with_every_layer_full(make):
     assert export.load_source(folder, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_pickled_source_loads_only_where_allowed(make):
+    folder = make().folder("fetch") / "model"
+    llama = LlamaForCausalLM.from_pretrained(folder).eval()
+    (folder / "model.safetensors").unlink()
+    torch.save(llama.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        export.load_source(folder)
+    ours = export.load_source(folder, allow_pickle=True)
+    assert torch.equal(ours.lm_head.weight, llama.lm_head.weight)
+
+
 def test_finetuned_weights_and_shape_are_exported(make, monkeypatch):
     context = make(source="finetune", dtype="bf16", seq_length=4096)
     shape, tensors = megatron_weights(context.folder("fetch") / "model")

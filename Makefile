@@ -1,0 +1,47 @@
+# `make demo` and `make test` set up what they need; either order, and again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The same line for every use: nothing is compiled while DeepSpeed is installed.
+INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
+
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@echo "make demo      the whole chain on two cores: text and a tiny model to a report page"
+	@echo "make test      the tests"
+	@echo "make test-all  soaks and long fuzz runs too"
+	@echo "make lint      ruff"
+	@echo "make clean     the virtual environment and the caches; outputs/ stays"
+	@echo
+	@echo "torch is installed from where pip is pointed. On the plain index that is the CUDA build"
+	@echo "(several GB; it runs on a CPU too). For the small CPU build:"
+	@echo "  PIP_EXTRA_INDEX_URL=<index of PyTorch's CPU wheels> make demo"
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	@$(BIN)/python -c "import torch; print('torch', torch.__version__, '(CUDA build)' if torch.version.cuda else '(CPU build)')"
+	$(INSTALL_ENV) $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/python pipeline/run.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

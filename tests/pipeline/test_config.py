@@ -1,0 +1,151 @@
+"""Every recipe composes; every refusal names the value, what is legal and the remedy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from model.config import describe_schedule, resolve_schedule
+from pipeline.validation import ConfigError, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return parse(compose("config", overrides=list(overrides)))
+
+
+def schedule_of(recipe, *overrides):
+    c = config(f"experiment={recipe}", *overrides)
+    return describe_schedule(
+        resolve_schedule(c.schedule.full, c.schedule.count, c.model.num_layers)
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(recipe):
+    assert config(f"experiment={recipe}").name == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "schedule", "layers"),
+    [
+        ("demo", "S2 F3 S3", 8),
+        ("smollm2_smoke", "S9 F12 S9", 30),
+        ("smollm2_32k", "S9 F12 S9", 30),
+        ("llama2_7b_128k", "S10 F12 S10", 32),
+        ("llama2_70b_128k", "S25 F30 S25", 80),
+    ],
+)
+def test_recipes_and_their_controls_have_the_papers_schedule(recipe, schedule, layers):
+    assert schedule_of(recipe) == schedule
+    assert schedule_of(f"{recipe}_full") == f"F{layers}"
+    assert schedule_of(f"{recipe}_window") == f"S{layers}"
+
+
+@pytest.mark.parametrize(
+    ("override", "schedule"),
+    [
+        ("schedule.full=top", "S20 F12"),
+        ("schedule.full=bottom", "F12 S20"),
+        ("schedule.full=interleaved schedule.count=2", "S8 F1 S15 F1 S7"),
+        ("schedule.full=[0,31] schedule.count=null", "F1 S30 F1"),
+        ("schedule.count=6", "S13 F6 S13"),
+    ],
+)
+def test_schedules_are_one_override_each(override, schedule):
+    assert schedule_of("llama2_7b_128k", *override.split()) == schedule
+
+
+def test_patterns_are_one_override_each():
+    assert config("experiment=smollm2_32k", "pattern=strided").pattern.stride == 64
+    assert config("pattern=strided_per_head").pattern.phase == "per_head"
+    assert config("experiment=demo").pattern.window == 128
+    assert config("experiment=demo", "pattern.window=64").pattern.window == 64
+
+
+NODE8 = "parallel.gpus_per_node=8"
+REFUSALS = {
+    "+train.learning_rate=1": r"train.learning_rate: no such configuration key",
+    "train.steps=many": r"train.steps: .*'many'.*its type is in pipeline/schema.py",
+    "variant=a:b": r"variant='a:b': must be letters",
+    "stage=training": r"stage='training': must be one of chain, fetch",
+    "device=tpu": r"device='tpu': must be auto, cpu, cuda",
+    "model.num_layers=0": r"model.num_layers=0: must be at least 1; set",
+    "model.num_kv_heads=3": r"model.num_kv_heads=3: must divide model.num_heads=4",
+    "rope.base=1": r"rope.base=1.0: must be above 1; set",
+    "pattern.window=0": r"pattern.window=0: must be a whole number of at least 1",
+    "pattern.sink_tokens=-1": r"pattern.sink_tokens=-1: must be",
+    "pattern.phase=both": r"pattern.phase='both': must be one of shared, per_head",
+    "schedule.full=centre": r"schedule.full='centre': must be one of middle, top",
+    "schedule.count=9": r"schedule.count=9: must be from 0 to the model's 8 layers",
+    "schedule.full=[3,8]": r"schedule.full=\[3, 8\]: \[8\]; must be distinct indices from 0 to 7",
+    "schedule.full=[3,3]": r"schedule.full=\[3, 3\]: repeated layers",
+    "schedule.full=[1] schedule.count=2": r"schedule.count=2: schedule.full lists 1 layers",
+    "data.seq_length=1": r"data.seq_length=1: must be at least 2",
+    "data.packing=first_fit": r"data.packing='first_fit': must be one of concat, best_fit",
+    "data.sources=[]": r"data.sources=\[\]: must name at least one source",
+    "data.held_out=0": r"data.held_out=0.0: must be between 0 and 1",
+    "data.sources=[{name:a,path:x,format:csv}]": r"sources\[0\].format='csv': must be one of text",
+    "data.sources=[{name:a,path:x,weight:0}]": r"sources\[0\].weight=0.0: must be above 0",
+    "data.sources=[{name:a}]": r"path.* has no value; set it",
+    "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
+    "+data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
+    "parallel.tensor=0": r"parallel.tensor=0: must be at least 1",
+    "parallel.zero_stage=4": r"parallel.zero_stage=4: must be one of 1, 2, 3",
+    f"{NODE8} parallel.tensor=3": r"world size=8: must be a multiple of .* = 3",
+    f"{NODE8} parallel.ulysses=8": r"parallel.tensor \* parallel.ulysses=8: must divide "
+    r"model.num_heads=4",
+    "model.num_kv_heads=1 parallel.gpus_per_node=2 parallel.tensor=2": r"parallel.tensor=2: must "
+    r"divide model.num_kv_heads=1",
+    "parallel.gpus_per_node=4 parallel.ulysses=4 data.seq_length=1022": r"data.seq_length=1022: "
+    r"must be a multiple of the 4 shards",
+    "parallel.sequence_parallel=true": r"sequence_parallel=True: needs parallel.tensor above 1",
+    "train.rows_per_step=6": r"train.rows_per_step=6: must be a multiple of 1 data-parallel "
+    r"groups \* train.micro_batch_rows=4",
+    "train.lr=0": r"train.lr=0.0: must be above 0",
+    "train.lr_schedule=linear": r"train.lr_schedule='linear': must be one of constant, cosine",
+    "train.precision=fp16": r"train.precision='fp16': must be one of bf16, fp32",
+    "train.recompute=some": r"train.recompute='some': must be one of none, full",
+    "train.betas=[0.9]": r"train.betas=\[0.9\]: must be two numbers",
+    "wandb.mode=on": r"wandb.mode='on'|wandb.mode: ",
+    "export.source=base": r"export.source='base': must be one of finetune, convert",
+    "export.dtype=fp8": r"export.dtype='fp8': must be one of bf16, fp32",
+    "eval.tasks=[ruler]": r"eval.tasks=\['ruler'\]: must be of perplexity, niah",
+    "eval.models=[stock]": r"eval.models=\['stock'\]: must be of base, final",
+    "eval.niah.depths=[101]": r"eval.niah.depths=\[101\]: must be percentages",
+    "eval.perplexity.min_length=9999": r"min_length=9999: must be at most",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSALS)
+def test_refusals(overrides):
+    with pytest.raises(ConfigError, match=REFUSALS[overrides]):
+        config(*overrides.split())
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device='cuda': this machine shows no CUDA GPU"):
+        config("device=cuda")
+
+
+def test_refused_before_any_work_from_another_folder(tmp_path):
+    """The entry point runs from anywhere and a refusal is one line and a non-zero exit."""
+    run = [sys.executable, str(ROOT / "pipeline/run.py"), "pattern.window=0"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "error: pattern.window=0: must be a whole number" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_plain_override_is_refused(tmp_path):
+    run = [sys.executable, str(ROOT / "pipeline/run.py"), "train.stepz=3"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "train.stepz" in done.stderr
