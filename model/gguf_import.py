@@ -12,11 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from model.weights import WeightsError
 
 PROBE = (
     "Hello world, in 2024 it was 12345 x 3.\n\tdef f(x): return x  # caf\u00e9 \u4f60\u597d\n    28"
+)
+# Name in transformers and in the file.
+SPECIAL = (
+    ("bos_token", "bos"),
+    ("eos_token", "eos"),
+    ("unk_token", "unknown"),
+    ("pad_token", "padding"),
 )
 # Vocabularies whose splitting of text transformers' import loses or knows; None: it is kept.
 PRE_TOKENIZERS = {
@@ -32,7 +41,7 @@ PRE_TOKENIZERS = {
 }
 
 
-class GGUFError(ValueError):
+class GGUFError(WeightsError):
     """A GGUF file that cannot be imported; the message names the file and the remedy."""
 
 
@@ -120,8 +129,9 @@ def _config(reader: GGUFReader, path: Path) -> LlamaConfig:
     if scaling == "linear":
         rope |= {"rope_type": "linear", "factor": _field(reader, "llama.rope.scaling.factor")}
     special = {
-        f"{name}_token_id": _field(reader, f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        f"{name}_id": _field(reader, f"tokenizer.ggml.{key}_token_id")
+        for name, key in SPECIAL
+        if name != "unk_token"
     }
     return LlamaConfig(
         **values,
@@ -196,14 +206,22 @@ def _tokenizer(reader: GGUFReader, path: Path) -> PreTrainedTokenizerBase:
             f"with one of {', '.join(PRE_TOKENIZERS)}; set model.source to the model's Hugging "
             "Face folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if kind == "gpt2" and PRE_TOKENIZERS[pre] is not None:
-        tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    if tokenizer.bos_token_id is None:
+    special = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL}
+    if special["bos_token"] is None:
         raise GGUFError(
             f"{path}: its tokenizer has no bos token, which starts every document; must have "
             "tokenizer.ggml.bos_token_id; set model.source to the model's Hugging Face folder"
         )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Some versions of transformers take bos for eos and leave out the others.
+    for name, token_id in special.items():
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    if kind == "gpt2":
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+        if PRE_TOKENIZERS[pre] is not None:
+            tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = _field(reader, "llama.context_length")
     return tokenizer
 

@@ -242,13 +242,19 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
                 "mend config.json or fetch the model again"
             )
     num_heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    num_kv_heads = values.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise MappingError(
+            f"config.json: num_attention_heads={num_heads}: must be a multiple of "
+            f"num_key_value_heads={num_kv_heads}; mend config.json or fetch the model again"
+        )
     rope = _rope_parameters(values)
     return ModelConfig(
         num_layers=values["num_hidden_layers"],
         hidden_size=hidden,
         ffn_hidden_size=values["intermediate_size"],
         num_heads=num_heads,
-        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=values.get("head_dim") or hidden // num_heads,
         vocab_size=values["vocab_size"],
         max_positions=values.get("max_position_embeddings") or 2048,

@@ -7,6 +7,7 @@ Each function takes plain records and returns a matplotlib Figure. Colours are O
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
 
 from kernels.pattern import Pattern
 from model.config import describe_schedule
@@ -32,6 +33,7 @@ MIB = 2**20
 LOG_RATIO = 8.0
 # For the README: small enough that every cell of the drawing is one (query, key) pair.
 DRAWN_TOKENS = 48
+DRAWN_CELLS = 96
 EXAMPLES = (
     ("Full", Pattern.full(), 0, 1),
     ("Sink tokens and window", Pattern(sink_tokens=3, window=10, block=3), 0, 1),
@@ -68,6 +70,12 @@ def _thousands(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
+def _positions(axis, length: int) -> None:
+    """Ticks at multiples of a power of two, as lengths of context are."""
+    axis.set_major_locator(MultipleLocator(2 ** max(0, math.ceil(math.log2(length / 8)))))
+    _thousands(axis)
+
+
 def _steps(axes: Axes, buckets: Sequence[tuple[int, int, float]], label: str, colour: str) -> None:
     """A horizontal piece per bucket (start, stop, value), a marker in its middle."""
     edges = [bucket[0] for bucket in buckets] + [buckets[-1][1]]
@@ -92,11 +100,11 @@ def _by_position(
     last = max(buckets[-1][1] for buckets in curves.values())
     if old_context is not None and old_context < last:
         axes.axvline(old_context, color="black", linestyle="--", linewidth=1)
-        label = f" context before: {old_context:,}"
+        label = f" old context: {old_context:,}"
         place = axes.get_xaxis_transform()
         axes.text(old_context, 1.0, label, fontsize=8, va="bottom", ha="left", transform=place)
     axes.set_xlim(0, last)
-    _thousands(axes.xaxis)
+    _positions(axes.xaxis, last)
     _thousands(axes.yaxis)
     axes.set_xlabel("Position in the document (tokens)")
     axes.set_ylabel(quantity)
@@ -119,7 +127,7 @@ def perplexity_by_position(
     tables: dict[str, list[Bucket]], old_context: int | None = None
 ) -> Figure:
     """Perplexity on held-out documents by position, a curve per model."""
-    names = {"base": "base (as fetched)", "final": "final (finetuned hybrid)"}
+    names = {"base": "base (as fetched)", "final": "final (as exported)"}
     curves = {
         names.get(model, model): [(b.start, b.stop, b.perplexity) for b in buckets]
         for model, buckets in tables.items()
@@ -187,7 +195,8 @@ def kv_bytes(rows: Sequence[Record]) -> Figure:
         label="hybrid, as allocated",
     )
     for place, row, top in zip(places, rows, held, strict=True):
-        text = f"{saved_percent(row):+.0f}%".replace("-", "\N{MINUS SIGN}")
+        change = -round(saved_percent(row))
+        text = f"{change:+}%".replace("-", "\N{MINUS SIGN}") if change else "same"
         axes.text(place + 0.2, top, text, ha="center", va="bottom", fontsize=9)
     _tidy(axes)
     if full.max() / min(full.min(), held.min()) > LOG_RATIO * 2:
@@ -202,8 +211,8 @@ def kv_bytes(rows: Sequence[Record]) -> Figure:
 
 
 def saved_percent(row: Record) -> float:
-    """How the allocated bytes differ from all-full ones, percent; below 0 where they are fewer."""
-    return 100 * (row["allocated_bytes"] / row["full_bytes"] - 1)
+    """How much of the all-full bytes the allocated ones save, percent; below 0 where none."""
+    return 100 * (1 - row["allocated_bytes"] / row["full_bytes"])
 
 
 def schedule(is_full: Sequence[bool]) -> Figure:
@@ -234,24 +243,23 @@ def schedule(is_full: Sequence[bool]) -> Figure:
 def visible_kinds(
     pattern: Pattern, length: int, cells: int, kv_head: int = 0, total_kv_heads: int = 1
 ) -> np.ndarray:
-    """What the queries (rows) see of the keys, int [cells, cells], for a document of `length`.
+    """What the queries (rows) see of the keys, int [cells, cells], in a document of `length`.
 
-    0 nothing, 1 strided block, 2 window, 3 sink tokens. A cell of several tokens shows the
-    greatest kind that any pair of a grid of up to 8 x 8 of its pairs has.
+    0 nothing, 1 strided block, 2 window, 3 sink tokens beyond it. A cell of several tokens shows
+    the greatest that it holds, among queries and keys close enough to miss no block.
     """
-    samples = max(1, min(8, length // cells))
-    positions = (torch.arange(cells * samples) * length) // (cells * samples)
-    q, k = positions[:, None], positions[None, :]
-    layers = [pattern]
-    if not pattern.is_full:
-        near = replace(pattern, sink_tokens=0, stride=None)
-        sinks = replace(pattern, window=1, stride=None)
-        layers += [near, sinks.visible(q, k) & (k < pattern.sink_tokens)]
-    seen = torch.zeros(len(positions), len(positions), dtype=torch.int64)
-    for kind, layer in enumerate(layers, 1):
-        one = layer.visible(q, k, kv_head, total_kv_heads) if kind < 3 else layer
-        seen[one] = kind if not pattern.is_full else 2
-    return seen.view(cells, samples, cells, samples).amax(dim=(1, 3)).numpy()
+    width = -(-length // cells)
+    rows = min(8, width)
+    columns = min(width, max(8, -(-width // pattern.block)))
+    q = (torch.arange(cells * rows) * length // (cells * rows))[:, None]
+    k = (torch.arange(cells * columns) * length // (cells * columns))[None, :]
+    kinds = pattern.visible(q, k, kv_head, total_kv_heads).long()
+    if pattern.is_full:
+        kinds *= 2
+    else:
+        kinds[replace(pattern, stride=None).visible(q, k)] = 3
+        kinds[replace(pattern, stride=None, sink_tokens=0).visible(q, k)] = 2
+    return kinds.view(cells, rows, cells, columns).amax(dim=(1, 3)).numpy()
 
 
 def patterns(
@@ -260,30 +268,34 @@ def patterns(
     """A panel per (title, pattern, KV head, KV heads): queries downwards, keys to the right."""
     columns = min(3, len(examples))
     rows = -(-len(examples) // columns)
-    figure = Figure(figsize=(3.0 * columns, 3.0 * rows + 0.5), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(3.0 * columns, 3.1 * rows + 0.5), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(hspace=0.06)
     colours = ListedColormap([LIGHT, GREEN, BLUE, "#E69F00"])
-    cells = min(length, DRAWN_TOKENS if length <= DRAWN_TOKENS else 96)
+    cells = min(length, DRAWN_CELLS)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels[len(examples) :]:
         axes.set_visible(False)
     for axes, (title, pattern, head, heads) in zip(panels, examples, strict=False):
         kinds = visible_kinds(pattern, length, cells, head, heads)
         axes.imshow(kinds, cmap=colours, vmin=0, vmax=3, extent=(0, length, length, 0))
-        if cells == length:
+        if length <= DRAWN_TOKENS:
             axes.set_xticks(np.arange(length), minor=True)
             axes.set_yticks(np.arange(length), minor=True)
             axes.grid(True, which="minor", color="white", linewidth=0.5)
         axes.tick_params(which="both", length=0, labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _thousands(axes.xaxis)
-        _thousands(axes.yaxis)
+        _positions(axes.xaxis, 2 * length)
+        _positions(axes.yaxis, 2 * length)
         axes.spines[:].set_visible(False)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("Key position (tokens)", fontsize=8)
     for axes in panels[::columns]:
         axes.set_ylabel("Query position (tokens)", fontsize=8)
-    labels = ("not visible", "strided block", "window (all keys where full)", "sink tokens")
+    labels = (
+        "not visible",
+        "strided block",
+        "window (all keys where full)",
+        "sink tokens beyond it",
+    )
     handles = [Patch(facecolor=colours(i), label=text) for i, text in enumerate(labels)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure

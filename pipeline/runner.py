@@ -15,7 +15,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data_prep.sources import DataError
-from model.gguf_import import GGUFError
 from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline.manifest import (
@@ -33,7 +32,7 @@ from pipeline.validation import CHAIN, ConfigError, parse
 log = logging.getLogger("longgen")
 
 # What a user can mend: said in one line, without a traceback.
-USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError, GGUFError)
+USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError)
 # Stages whose results controls, seeds and ablations share.
 SHARED = ("fetch", "data_prep", "convert")
 PARTIAL = "partial.json"

@@ -195,7 +195,10 @@ def _random(section: ModelSection, out: Path) -> dict[str, Any]:
     # transformers is imported where it is used: it takes seconds, also where nothing is to be done.
     from model.random_llama import save_random_llama
 
-    return save_random_llama(shape, out)
+    try:
+        return save_random_llama(shape, out)
+    except ValueError as error:
+        raise StageError(f"model.source='random': {error}") from error
 
 
 def _link(section: ModelSection, out: Path) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, quantised: bool = False, **c
     if values["bos"] is not None:
         writer.add_bos_token_id(values["bos"])
     writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
     writer.add_add_bos_token(False)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -165,7 +166,8 @@ def test_digits_are_split_again(tmp_path):
     assert mended.convert_ids_to_tokens(mended("x12").input_ids) == ["x", "1", "2"]
     assert mended.convert_ids_to_tokens(mended("  3").input_ids) == ["\u0120\u0120", "3"]
     assert mended.decode(mended(gguf_import.PROBE).input_ids) == gguf_import.PROBE
-    assert (mended.bos_token, mended.eos_token) == ("<s>", "</s>")
+    assert (mended.unk_token, mended.bos_token, mended.eos_token) == tuple(SPECIAL)
+    assert mended.decode(mended("a \u2581 b").input_ids) == "a \u2581 b"
     assert mended.model_max_length == 256
 
 

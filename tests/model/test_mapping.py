@@ -272,5 +272,5 @@ def test_config_refusals(keys):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="num_heads=4: must be a multiple"):
+    with pytest.raises(MappingError, match="num_attention_heads=4: must be a multiple"):
         config_from_hf(HF | {"num_key_value_heads": 3})

@@ -72,6 +72,12 @@ def test_random_model_can_be_loaded(context):
     assert AutoTokenizer.from_pretrained(context.out / "model").bos_token == "<s>"
 
 
+def test_random_model_with_too_small_a_vocabulary_is_refused(context):
+    context.config.model.vocab_size = 100
+    with pytest.raises(StageError, match="'random': vocab_size=100: must be at least 259"):
+        fetch.run(context)
+
+
 def test_local_folder_is_linked_and_not_copied(context, tmp_path, monkeypatch):
     hf_folder(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)

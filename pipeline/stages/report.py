@@ -1,0 +1,344 @@
+"""report: one page and its pictures, made from the records and manifests of a run alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from safetensors import safe_open
+
+from kernels.pattern import Pattern
+from model.config import describe_schedule
+from pipeline import figures
+from pipeline.manifest import StageContext, read_manifest
+from pipeline.records import (
+    Record,
+    by_step,
+    kv_rows,
+    niah_cells,
+    of_task,
+    perplexity,
+    perplexity_by_position,
+    read_records,
+)
+from pipeline.report_page import Section, Table, render
+from pipeline.schema import Config
+
+# As many KV heads of a pattern that differs by head are drawn.
+HEADS_DRAWN = 5
+
+
+def inputs(config: Config) -> tuple[str, ...]:
+    """All stages whose records or manifests are shown; an untrained export has no finetune."""
+    trained = () if config.export.source == "convert" else ("finetune",)
+    return ("fetch", "data_prep", "convert", *trained, "export", "evaluate")
+
+
+INPUTS = inputs
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """What the page names, and the two lengths that its pictures mark."""
+    return {
+        "name": config.name,
+        "variant": config.variant,
+        "model": {"name": config.model.name, "max_positions": config.model.max_positions},
+        "seq_length": config.data.seq_length,
+    }
+
+
+class Pictures:
+    """Saves figures as figures/NAME.png of the report."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def save(self, name: str, figure: Figure) -> Path:
+        """Write the picture; its path."""
+        path = self.folder / f"{name}.png"
+        figure.savefig(path)
+        return path
+
+
+def parameters(export: Path) -> int:
+    """Values in a folder's safetensors files; a tied embedding is stored, and counts, once."""
+    total = 0
+    for path in sorted(export.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(k).get_shape()) for k in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def summarise(metrics: list[Record], records: list[Record], old_context: int) -> list[str]:
+    """The result in at most four lines."""
+    lines = []
+    validation = by_step(metrics, "validation")
+    if validation:
+        first, last = validation[0], validation[-1]
+        lines.append(
+            f"held-out loss {first['loss']:.4f} -> {last['loss']:.4f} nats per token "
+            f"(step {first['step']:,} -> {last['step']:,})"
+        )
+    measured = of_task(records, "perplexity")
+    if measured:
+        beyond = {m: [r for r in rows if r["start"] >= old_context] for m, rows in measured.items()}
+        where = f"beyond the old context of {old_context:,} tokens"
+        if not all(beyond.values()):
+            beyond, where = measured, "over all positions (none beyond the old context)"
+        values = " -> ".join(f"{perplexity(rows):,.2f} ({m})" for m, rows in beyond.items())
+        lines.append(f"perplexity {where}: {values}")
+    cells = niah_cells(records)
+    if cells:
+        means = {model: sum(table.values()) / len(table) for model, table in cells.items()}
+        lengths = sorted({length for table in cells.values() for length, _ in table})
+        values = " -> ".join(f"{mean:.1f} ({model})" for model, mean in means.items())
+        lines.append(
+            f"needle in a haystack, {lengths[0]:,} to {lengths[-1]:,} tokens: {values} of 100"
+        )
+    rows = kv_rows(records)
+    if rows:
+        row = rows[-1]
+        lines.append(
+            f"KV cache at {row['length']:,} tokens: {figures.saved_percent(row):.1f}% of the bytes "
+            f"saved ({_mib(row['allocated_bytes'])} of {_mib(row['full_bytes'])} MiB)"
+        )
+    return lines
+
+
+def _mib(count: int) -> str:
+    return f"{count / figures.MIB:,.2f}"
+
+
+def _facts(context: StageContext, exported: dict[str, Any]) -> Section:
+    """What ran, from the manifests and the exported folder."""
+    manifests = {
+        stage: read_manifest(context.folder(stage)) or {} for stage in inputs(context.config)
+    }
+    counts = {stage: manifest.get("counts", {}) for stage, manifest in manifests.items()}
+    model, pattern = context.config.model, Pattern(**exported["pattern"])
+    rows = [
+        ("Experiment", f"{context.config.name}, variant {context.config.variant}"),
+        (
+            "Model",
+            f"{model.name}: {parameters(context.folder('export')):,} parameters, "
+            f"{exported['num_hidden_layers']} layers, {exported['num_attention_heads']} heads, "
+            f"{exported['num_key_value_heads']} KV heads, context before {model.max_positions:,}",
+        ),
+        ("Layers", describe_schedule(tuple(exported["is_full"]))),
+        ("Rows", f"{context.config.data.seq_length:,} tokens"),
+    ]
+    if not all(exported["is_full"]):
+        seen = f"{pattern.sink_tokens:,} sink tokens, a window of {pattern.window:,}"
+        if pattern.stride:
+            seen += f", every {pattern.stride}th block of {pattern.block}, {pattern.phase} phase"
+        rows.insert(3, ("Sparse layers see", seen))
+    prepared = counts["data_prep"]
+    if "train" in prepared:
+        rows.append(("Data", f"{prepared['train']['tokens']:,} tokens for training"))
+    if "tokens" in counts.get("finetune", {}):
+        trained = counts["finetune"]
+        rows.append(("Trained on", f"{trained['tokens']:,} tokens in {trained['steps']:,} steps"))
+    seconds = [
+        f"{stage} {manifest['seconds']:,.1f}"
+        for stage, manifest in manifests.items()
+        if "seconds" in manifest
+    ]
+    rows.append(("Seconds", ", ".join(seconds)))
+    used = manifests["evaluate"].get("versions", {})
+    rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in used.items())))
+    return Section("What ran", "As the stages' manifests say.", None, Table((), rows, facts=True))
+
+
+def _shape(exported: dict[str, Any], length: int, pictures: Pictures) -> list[Section]:
+    """The schedule and the pattern as they were exported."""
+    kinds, pattern = exported["is_full"], Pattern(**exported["pattern"])
+    heads = exported["num_key_value_heads"]
+    shown = [("Full layers", Pattern.full(), 0, 1)] if any(kinds) else []
+    if not all(kinds) and pattern.heads_differ:
+        shown += [
+            (f"Sparse layers, KV head {head} of {heads}", pattern, head, heads)
+            for head in range(min(heads, HEADS_DRAWN))
+        ]
+    elif not all(kinds):
+        shown += [("Sparse layers", pattern, 0, 1)]
+    drawn = figures.patterns(shown, length)
+    return [
+        Section(
+            "Schedule of the layers",
+            "Which layers see every earlier token, and which only the pattern's.",
+            pictures.save("schedule", figures.schedule(kinds)),
+        ),
+        Section(
+            "Patterns",
+            f"What each query sees in a document of {length:,} tokens. A cell is coloured where "
+            "any of its pairs is visible.",
+            pictures.save("patterns", drawn),
+        ),
+    ]
+
+
+def _training(metrics: list[Record], old_context: int, pictures: Pictures) -> list[Section]:
+    """The loss by step and, on held-out rows, by position."""
+    train, validation = by_step(metrics, "train"), by_step(metrics, "validation")
+    sections = []
+    if train:
+        rows = [
+            (
+                f"{r['step']:,}",
+                f"{r['loss']:.4f}",
+                f"{r['lr']:.2e}",
+                f"{r['grad_norm']:.3f}",
+                f"{r['tokens_per_second']:,.0f}",
+            )
+            for r in train
+        ]
+        sections.append(
+            Section(
+                "Training loss",
+                "Mean loss of each step's batch, and of the held-out rows at the steps at which "
+                "they were tried.",
+                pictures.save("training_loss", figures.training_loss(train, validation)),
+                Table(("Step", "Loss", "LR", "Gradient norm", "Tokens/s"), rows),
+            )
+        )
+    else:
+        sections.append(Section("Training loss", "No training records: nothing was trained."))
+    if validation:
+        first, last = validation[0], validation[-1]
+        late = {bucket["start"]: bucket["loss"] for bucket in last["by_position"]}
+        rows = [
+            (
+                f"{b['start']:,} to {b['stop']:,}",
+                f"{b['loss']:.4f}",
+                f"{late[b['start']]:.4f}",
+                f"{b['tokens']:,}",
+            )
+            for b in first["by_position"]
+        ]
+        sections.append(
+            Section(
+                "Held-out loss by position, before and after training",
+                f"On the same held-out rows at step {first['step']:,} and at step "
+                f"{last['step']:,}, by position within the document.",
+                pictures.save(
+                    "loss_by_position", figures.loss_by_position(validation, old_context)
+                ),
+                Table(
+                    ("Position", f"Step {first['step']:,}", f"Step {last['step']:,}", "Tokens"),
+                    rows,
+                ),
+            )
+        )
+    else:
+        sections.append(
+            Section("Held-out loss by position", "No validation records: nothing was trained.")
+        )
+    return sections
+
+
+def _perplexity(records: list[Record], old_context: int, pictures: Pictures) -> Section:
+    tables = perplexity_by_position(records)
+    if not tables:
+        return Section(
+            "Perplexity by position", "No perplexity records: eval.tasks does not name perplexity."
+        )
+    by_start = {model: {b.start: b for b in buckets} for model, buckets in tables.items()}
+    longest = max(tables.values(), key=len)
+    rows = [
+        (
+            f"{bucket.start:,} to {bucket.stop:,}",
+            *(
+                f"{mine[bucket.start].perplexity:,.2f}" if bucket.start in mine else ""
+                for mine in by_start.values()
+            ),
+            f"{bucket.tokens:,}",
+        )
+        for bucket in longest
+    ]
+    documents = {record["document"] for record in records if record["task"] == "perplexity"}
+    return Section(
+        "Perplexity by position",
+        f"On {len(documents)} whole held-out documents, exp of the mean loss of the tokens in "
+        "each bucket of positions.",
+        pictures.save(
+            "perplexity_by_position", figures.perplexity_by_position(tables, old_context)
+        ),
+        Table(("Position", *tables, "Tokens"), rows),
+    )
+
+
+def _niah(records: list[Record], pictures: Pictures) -> Section:
+    cells = niah_cells(records)
+    if not cells:
+        return Section("Needle in a haystack", "No needle records: eval.tasks does not name niah.")
+    every = sorted({cell for table in cells.values() for cell in table})
+    rows = [
+        (
+            f"{length:,}",
+            f"{depth}%",
+            *(f"{t[length, depth]:.1f}" if (length, depth) in t else "" for t in cells.values()),
+        )
+        for length, depth in every
+    ]
+    samples = {record["sample"] for record in records if record["task"] == "niah"}
+    return Section(
+        "Needle in a haystack",
+        f"A secret number in held-out text, asked for at the end; mean of {len(samples)} greedy "
+        "answers in each cell, 100 where the number is in the answer.",
+        pictures.save("niah", figures.niah_map(cells)),
+        Table(("Length", "Depth", *cells), rows),
+    )
+
+
+def _kv(records: list[Record], pictures: Pictures) -> Section:
+    rows = kv_rows(records)
+    if not rows:
+        return Section("KV cache", "No kv_bytes records: eval.models does not name final.")
+    cells = [
+        (
+            f"{row['length']:,}",
+            _mib(row["full_bytes"]),
+            _mib(row["allocated_bytes"]),
+            _mib(row["live_bytes"]),
+            f"{figures.saved_percent(row):.1f}%",
+        )
+        for row in rows
+    ]
+    header = ("Prompt (tokens)", "Full (MiB)", "Allocated (MiB)", "Live (MiB)", "Saved")
+    return Section(
+        "KV cache",
+        "Bytes of one sequence's keys and values after the prompt: measured on the exported "
+        "model's own cache, beside those of the same model with every layer full.",
+        pictures.save("kv_bytes", figures.kv_bytes(rows)),
+        Table(header, cells),
+    )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write index.html and figures/*.png; the counts' "summary" says the result in lines.
+
+    Raises:
+        StageError: on a broken line in metrics.jsonl or records.jsonl.
+    """
+    config, pictures = context.config, Pictures(context.out / "figures")
+    trained = "finetune" in inputs(config)
+    metrics = read_records(context.folder("finetune") / "metrics.jsonl") if trained else []
+    records = read_records(context.folder("evaluate") / "records.jsonl")
+    exported = json.loads((context.folder("export") / "config.json").read_text())
+    old_context = config.model.max_positions
+    summary = summarise(metrics, records, old_context)
+    sections = [
+        _facts(context, exported),
+        *_training(metrics, old_context, pictures),
+        _perplexity(records, old_context, pictures),
+        _niah(records, pictures),
+        _kv(records, pictures),
+        *_shape(exported, config.data.seq_length, pictures),
+    ]
+    page = render(f"LongGen: {config.name}, {config.variant}", summary, sections)
+    (context.out / "index.html").write_text(page, encoding="utf-8")
+    return {"summary": summary, "figures": len(list(pictures.folder.glob("*.png")))}

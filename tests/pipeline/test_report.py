@@ -1,0 +1,370 @@
+import base64
+import json
+import math
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kernels.pattern import Pattern
+from pipeline import figures
+from pipeline.stages import report
+from tests.pipeline.evaluation_helpers import (
+    context,
+    exported_config,
+    small_config,
+    write_manifests,
+)
+
+FIGURES = [
+    "kv_bytes",
+    "loss_by_position",
+    "niah",
+    "patterns",
+    "perplexity_by_position",
+    "schedule",
+    "training_loss",
+]
+SECONDS = {
+    "fetch": 11.25,
+    "data_prep": 12.5,
+    "convert": 13.75,
+    "finetune": 1234.5,
+    "export": 14.25,
+    "evaluate": 15.75,
+}
+COUNTS = {
+    "data_prep": {"train": {"tokens": 987654}},
+    "finetune": {"tokens": 40960, "steps": 20},
+}
+
+
+def random_metrics(rng):
+    """Twenty steps, and validation at three of them."""
+    train = [
+        {
+            "kind": "train",
+            "step": step,
+            "loss": rng.uniform(1, 9),
+            "lr": rng.uniform(1e-5, 1e-3),
+            "grad_norm": rng.uniform(0.1, 3),
+            "tokens_per_second": rng.uniform(100, 9000),
+            "mfu": None,
+        }
+        for step in range(1, 21)
+    ]
+    validation = [
+        {
+            "kind": "validation",
+            "step": step,
+            "loss": rng.uniform(1, 9),
+            "by_position": [
+                {
+                    "start": s,
+                    "stop": s + 16,
+                    "loss": rng.uniform(1, 9),
+                    "tokens": rng.randint(9, 99),
+                }
+                for s in range(0, 64, 16)
+            ],
+        }
+        for step in (0, 10, 20)
+    ]
+    return train + validation
+
+
+def random_records(rng):
+    """Three documents, four needle cells of two samples, three lengths of the cache."""
+    records = []
+    for model in ("base", "final"):
+        for document in range(3):
+            for start in range(0, 64, 16):
+                tokens = 15 if start == 0 else 16
+                nll = rng.uniform(1, 9) * tokens
+                row = {"document": document, "length": 64, "start": start, "stop": start + 16}
+                records.append(
+                    {"task": "perplexity", "model": model, **row, "nll": nll, "tokens": tokens}
+                )
+        for length in (32, 64):
+            for depth in (0, 50):
+                for sample in range(2):
+                    row = {"length": length, "depth": depth, "sample": sample}
+                    score = rng.choice([0.0, 100.0])
+                    records.append({"task": "niah", "model": model, **row, "score": score})
+    for length in (16, 32, 64):
+        full = length * 2**20
+        row = {"length": length, "full_bytes": full, "allocated_bytes": rng.randint(9, full)}
+        row["live_bytes"] = rng.randint(1, row["allocated_bytes"])
+        records.append({"task": "kv_bytes", "model": "final", **row})
+    return records
+
+
+def make_report(root, metrics, records, config=None, **exported):
+    """Run the stage; counts, the page, and its tables as {first cell(s): the other cells}."""
+    config = config or small_config()
+    write_manifests(root, SECONDS, COUNTS)
+    for path, lines in (("finetune/metrics", metrics), ("evaluate/records", records)):
+        (root / f"{path}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    (root / "export" / "config.json").write_text(json.dumps(exported_config(**exported)))
+    save_file({"a": torch.zeros(7, 11), "b": torch.zeros(13)}, root / "export/model.safetensors")
+    run = context(root, config, "report")
+    counts = report.run(run)
+    return counts, (run.out / "index.html").read_text(), run.out
+
+
+def table(page, title):
+    """The cells of the table in the section with this heading."""
+    section = re.search(rf"<h2>{title}</h2>(.*?)</section>", page, re.S).group(1)
+    rows = re.findall(r"<tr>(.*?)</tr>", section, re.S)
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+    return cells if cells[0] and "<th>" in rows[0] else [[], *cells]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def made(request, tmp_path_factory):
+    rng = random.Random(request.param)
+    metrics, records = random_metrics(rng), random_records(rng)
+    return metrics, records, *make_report(tmp_path_factory.mktemp("report"), metrics, records)
+
+
+def test_every_figure_is_saved_and_inside_the_page(made):
+    _, _, counts, page, out = made
+    assert sorted(path.stem for path in (out / "figures").iterdir()) == FIGURES
+    assert counts["figures"] == len(FIGURES)
+    inside = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    saved = {path.read_bytes() for path in (out / "figures").iterdir()}
+    assert {base64.b64decode(data) for data in inside} == saved
+    assert all(data.startswith(b"\x89PNG") for data in saved)
+
+
+def test_the_page_needs_nothing_beside_itself(made):
+    page = made[3]
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "http" not in page and "<script" not in page and "@import" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+
+
+def test_facts_are_those_of_the_manifests(made):
+    facts = dict(table(made[3], "What ran")[1:])
+    assert facts["Experiment"] == "small, variant main"
+    assert facts["Model"].startswith("tiny: 90 parameters, 4 layers, 4 heads, 2 KV heads")
+    assert facts["Layers"] == "S1 F2 S1"
+    assert facts["Sparse layers see"] == "4 sink tokens, a window of 16"
+    assert facts["Data"] == "987,654 tokens for training"
+    assert facts["Trained on"] == "40,960 tokens in 20 steps"
+    assert facts["Seconds"] == ", ".join(f"{name} {s:,.1f}" for name, s in SECONDS.items())
+    assert facts["Versions"] == "torch 9.8.7"
+
+
+def test_training_numbers_equal_the_records(made):
+    metrics, _, _, page, _ = made
+    train = [r for r in metrics if r["kind"] == "train"]
+    rows = table(page, "Training loss")[1:]
+    assert len(rows) == len(train)
+    for row, record in zip(rows, train, strict=True):
+        values = [float(cell.replace(",", "")) for cell in row]
+        names = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
+        assert values == pytest.approx([record[name] for name in names], rel=6e-3)
+    validation = [r for r in metrics if r["kind"] == "validation"]
+    rows = table(page, "Held-out loss by position, before and after training")
+    assert rows[0] == ["Position", "Step 0", "Step 20", "Tokens"]
+    for i, row in enumerate(rows[1:]):
+        first, last = (validation[k]["by_position"][i] for k in (0, -1))
+        place = f"{first['start']} to {first['stop']}"
+        losses = [f"{first['loss']:.4f}", f"{last['loss']:.4f}"]
+        assert row == [place, *losses, str(first["tokens"])]
+
+
+def test_perplexities_equal_the_records(made):
+    _, records, _, page, _ = made
+    rows = table(page, "Perplexity by position")
+    assert rows[0] == ["Position", "base", "final", "Tokens"]
+    assert len(rows) == 5
+    for row in rows[1:]:
+        start = int(row[0].split()[0])
+        for model, cell in zip(("base", "final"), row[1:3], strict=True):
+            mine = [r for r in records if r["model"] == model and r.get("start") == start]
+            expected = math.exp(sum(r["nll"] for r in mine) / sum(r["tokens"] for r in mine))
+            assert float(cell.replace(",", "")) == pytest.approx(expected, abs=0.0051)
+            assert int(row[3]) == sum(r["tokens"] for r in mine)
+
+
+def test_needle_scores_equal_the_records(made):
+    _, records, _, page, _ = made
+    rows = table(page, "Needle in a haystack")
+    assert rows[0] == ["Length", "Depth", "base", "final"]
+    assert len(rows) == 5
+    for length, depth, *cells in rows[1:]:
+        for model, cell in zip(("base", "final"), cells, strict=True):
+            scores = [
+                r["score"]
+                for r in records
+                if r["task"] == "niah"
+                and (r["model"], r["length"], f"{r['depth']}%") == (model, int(length), depth)
+            ]
+            assert len(scores) == 2 and float(cell) == sum(scores) / 2
+
+
+def test_cache_bytes_equal_the_records(made):
+    _, records, _, page, _ = made
+    mine = [r for r in records if r["task"] == "kv_bytes"]
+    rows = table(page, "KV cache")[1:]
+    for row, record in zip(rows, mine, strict=True):
+        assert int(row[0]) == record["length"]
+        names = ("full_bytes", "allocated_bytes", "live_bytes")
+        assert row[1:4] == [f"{record[name] / 2**20:,.2f}" for name in names]
+        saved = 100 - 100 * record["allocated_bytes"] / record["full_bytes"]
+        assert row[4] == f"{saved:.1f}%"
+
+
+def test_summary_says_the_result(made):
+    metrics, records, counts, page, _ = made
+    losses, beyond, needles, cache = counts["summary"]
+    validation = [r for r in metrics if r["kind"] == "validation"]
+    assert f"{validation[0]['loss']:.4f} -> {validation[-1]['loss']:.4f}" in losses
+    assert "beyond the old context of 32 tokens" in beyond
+    for model in ("base", "final"):
+        mine = [r for r in records if r["model"] == model and r.get("start", 0) >= 32]
+        value = math.exp(sum(r["nll"] for r in mine) / sum(r["tokens"] for r in mine))
+        assert f"{value:,.2f} ({model})" in beyond
+        scores = [r["score"] for r in records if r["task"] == "niah" and r["model"] == model]
+        assert f"{sum(scores) / len(scores):.1f} ({model})" in needles
+    last = [r for r in records if r["task"] == "kv_bytes"][-1]
+    saved = 100 - 100 * last["allocated_bytes"] / last["full_bytes"]
+    assert f"at 64 tokens: {saved:.1f}% of the bytes saved" in cache
+    for line in counts["summary"]:
+        assert f"<li>{line.replace('>', '&gt;')}</li>" in page
+
+
+def test_missing_records_are_said_not_fatal(tmp_path):
+    records = [r for r in random_records(random.Random(3)) if r["task"] == "perplexity"]
+    counts, page, out = make_report(tmp_path, [], records)
+    for text in (
+        "No training records",
+        "No validation records",
+        "No needle records: eval.tasks does not name niah",
+        "No kv_bytes records: eval.models does not name final",
+    ):
+        assert text in page
+    names = sorted(path.stem for path in (out / "figures").iterdir())
+    assert names == ["patterns", "perplexity_by_position", "schedule"]
+    assert len(counts["summary"]) == 1
+    counts, page, _ = make_report(tmp_path, [], [])
+    assert "No perplexity records: eval.tasks does not name perplexity" in page
+    assert counts["summary"] == []
+
+
+def test_a_context_that_nothing_exceeds_is_said(tmp_path):
+    config = small_config()
+    config.model.max_positions = 4096
+    counts, _, _ = make_report(tmp_path, [], random_records(random.Random(4)), config)
+    assert "over all positions (none beyond the old context)" in counts["summary"][0]
+
+
+def test_an_untrained_export_reads_no_finetune(tmp_path):
+    config = small_config()
+    assert "finetune" in report.INPUTS(config)
+    config.export.source = "convert"
+    assert "finetune" not in report.INPUTS(config)
+    metrics = random_metrics(random.Random(5))
+    _, page, _ = make_report(tmp_path, metrics, random_records(random.Random(5)), config)
+    assert "No training records" in page
+
+
+def test_a_model_without_sparse_layers_is_reported(tmp_path):
+    _, page, out = make_report(tmp_path, [], [], is_full=(True,) * 4)
+    facts = dict(table(page, "What ran")[1:])
+    assert facts["Layers"] == "F4" and "Sparse layers see" not in facts
+    assert (out / "figures" / "patterns.png").exists()
+
+
+def test_names_are_escaped(tmp_path):
+    config = small_config()
+    config.variant = "<b>&"
+    page = make_report(tmp_path, [], [], config)[1]
+    assert "<b>" not in page and "&lt;b&gt;&amp;" in page
+
+
+def brute_kinds(pattern, length, head, heads):
+    """The kinds of `visible_kinds` by the words of the definition."""
+    kinds = np.zeros((length, length), int)
+    for q in range(length):
+        for k in range(q + 1):
+            if q - k < pattern.window:
+                kinds[q, k] = 2
+            elif k < pattern.sink_tokens:
+                kinds[q, k] = 3
+            elif pattern.stride is not None:
+                phase = head * pattern.stride // heads if pattern.phase == "per_head" else 0
+                kinds[q, k] = int(k // pattern.block % pattern.stride == phase)
+    return kinds
+
+
+@pytest.mark.parametrize("example", figures.EXAMPLES[1:], ids=lambda e: e[0])
+def test_drawn_patterns_are_the_definition(example):
+    _, pattern, head, heads = example
+    drawn = figures.visible_kinds(pattern, 48, 48, head, heads)
+    assert (drawn == brute_kinds(pattern, 48, head, heads)).all()
+
+
+def test_full_pattern_is_drawn_full():
+    drawn = figures.visible_kinds(Pattern.full(), 32, 32)
+    assert (drawn == 2 * np.tril(np.ones((32, 32)))).all()
+
+
+def test_long_documents_miss_no_block():
+    pattern = Pattern(sink_tokens=16, window=64, block=16, stride=16, phase="per_head")
+    drawn = figures.visible_kinds(pattern, 8192, 64, kv_head=3, total_kv_heads=4)
+    # the last row sees 16 of every 256 tokens, which lie in one of two cells of 128
+    assert (drawn[-1, 2:60] == np.tile([0, 1], 29)).all() and drawn[-1, 0] == 3
+    assert drawn[-1, -1] == 2
+
+
+def curves(figure):
+    """The y values of each labelled line of a figure's first axes."""
+    axes = figure.axes[0]
+    return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+
+
+def test_figures_hold_the_records_values(made):
+    metrics, records, *_ = made
+    validation = [r for r in metrics if r["kind"] == "validation"]
+    drawn = curves(figures.loss_by_position(validation, 32))
+    assert drawn["step 0 (before training)"] == [b["loss"] for b in validation[0]["by_position"]]
+    assert drawn["step 20"] == [b["loss"] for b in validation[2]["by_position"]]
+    train = [r for r in metrics if r["kind"] == "train"]
+    drawn = curves(figures.training_loss(train, validation))
+    assert drawn["training batch"] == [r["loss"] for r in train]
+    rows = [r for r in records if r["task"] == "kv_bytes"]
+    heights = [bar.get_height() * 2**20 for bar in figures.kv_bytes(rows).axes[0].patches]
+    expected = [r["full_bytes"] for r in rows] + [r["allocated_bytes"] for r in rows]
+    assert heights == pytest.approx(expected)
+
+
+def test_perplexities_of_different_orders_get_a_log_axis():
+    bucket = report.perplexity_by_position(
+        [
+            {"task": "perplexity", "model": m, "start": 0, "stop": 9, "nll": 9 * loss, "tokens": 9}
+            for m, loss in (("base", 8.0), ("final", 3.0))
+        ]
+    )
+    assert figures.perplexity_by_position(bucket).axes[0].get_yscale() == "log"
+    same = {"base": bucket["final"], "final": bucket["final"]}
+    assert figures.perplexity_by_position(same).axes[0].get_yscale() == "linear"
+
+
+def test_needle_maps_share_a_scale_and_show_each_cell():
+    cells = {"base": {(8, 0): 0.0, (16, 0): 50.0}, "final": {(8, 0): 100.0, (16, 0): 25.0}}
+    figure = figures.niah_map(cells)
+    maps = [axes for axes in figure.axes if axes.images]
+    assert [[t.get_text() for t in axes.texts] for axes in maps] == [["0", "50"], ["100", "25"]]
+    assert {axes.images[0].get_clim() for axes in maps} == {(0, 100)}
+
+
+def test_pictures_of_the_readme(tmp_path):
+    figures.save_pattern_pictures(tmp_path / "docs")
+    assert sorted(p.name for p in (tmp_path / "docs").iterdir()) == ["patterns.png", "schedule.png"]
