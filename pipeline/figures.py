@@ -105,7 +105,8 @@ def _by_position(
         axes.text(old_context, 1.0, label, fontsize=8, va="bottom", ha="left", transform=place)
     axes.set_xlim(0, last)
     _positions(axes.xaxis, last)
-    _thousands(axes.yaxis)
+    if max(values) >= 1000 or axes.get_yscale() == "log":
+        _thousands(axes.yaxis)
     axes.set_xlabel("Position in the document (tokens)")
     axes.set_ylabel(quantity)
     axes.legend(frameon=False)

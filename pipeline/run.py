@@ -13,6 +13,9 @@ import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from pipeline.runner import execute  # noqa: E402
+from pipeline.schema import register_defaults  # noqa: E402
+
+register_defaults()
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")

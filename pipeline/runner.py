@@ -120,13 +120,14 @@ class Runner:
     def run(self, stage: str) -> dict[str, Any]:
         """Run one stage unless its finished folder still matches; its counts."""
         stage_log = logging.getLogger(f"longgen.{stage}")
+        force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
         depends_on, inputs, wanted_id = self.wanted(stage)
         final = self.folder(stage)
         manifest = read_manifest(final)
-        if manifest and manifest["id"] == wanted_id and not self.config.force:
+        if manifest and manifest["id"] == wanted_id and not force:
             log.info("%s: up to date, skipped (%s)", stage, final)
             return manifest["counts"]
-        if manifest and not self.config.force:
+        if manifest and not force:
             old = {"config": manifest["config"], "inputs": manifest["inputs"]}
             changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
             raise StageError(

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
 
 @dataclass
 class ModelSection:
@@ -224,3 +227,12 @@ class Config:
     wandb: WandbSection = field(default_factory=WandbSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     cluster: dict[str, Any] = field(default_factory=dict)
+
+
+def register_defaults() -> None:
+    """Let conf/config.yaml begin with every key's default, so that each can be overridden.
+
+    As plain values: pipeline/validation.py checks the types, with messages of its own.
+    """
+    values = OmegaConf.to_container(OmegaConf.structured(Config))
+    ConfigStore.instance().store(name="schema_defaults", node=values)

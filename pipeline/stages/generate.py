@@ -26,16 +26,19 @@ def depends_on(config: Config) -> dict[str, Any]:
 
 
 class TimedStreamer(TextStreamer):
-    """Prints the text as it comes; `times` are when each new token came, in seconds."""
+    """Prints prompt and text as it comes; `times` are when each new token came, in seconds."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.times: list[float] = []
+        self.prompt, self.times = prompt, []
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt first, then token after token."""
         if self.prompt_seen:
+            if not self.times:
+                # Not before: the first forward may log which backend it runs on.
+                print(self.prompt, end="", flush=True)
             self.times.append(time.perf_counter())
         self.prompt_seen = True
         super().put(value)
@@ -70,8 +73,7 @@ def run(context: StageContext) -> dict[str, Any]:
         ids = [tokenizer.bos_token_id, *ids]
     model = load_model(wanted.model, context)
     prompt = torch.tensor([ids], device=model.device)
-    streamer = TimedStreamer(tokenizer)
-    print(wanted.prompt, end="", flush=True)
+    streamer = TimedStreamer(tokenizer, wanted.prompt)
     started = time.perf_counter()
     generated = model.generate(
         prompt,

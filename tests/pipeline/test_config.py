@@ -8,10 +8,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from model.config import describe_schedule, resolve_schedule
+from pipeline.schema import register_defaults
 from pipeline.validation import ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+register_defaults()
 
 
 def config(*overrides):
@@ -61,6 +65,10 @@ def test_schedules_are_one_override_each(override, schedule):
     assert schedule_of("llama2_7b_128k", *override.split()) == schedule
 
 
+def test_every_key_can_be_overridden_whatever_the_recipe_sets():
+    assert config("data.workers=3", "train.deterministic=true").data.workers == 3
+
+
 def test_patterns_are_one_override_each():
     assert config("experiment=smollm2_32k", "pattern=strided").pattern.stride == 64
     assert config("pattern=strided_per_head").pattern.phase == "per_head"
@@ -94,7 +102,7 @@ REFUSALS = {
     "data.sources=[{name:a,path:x,weight:0}]": r"sources\[0\].weight=0.0: must be above 0",
     "data.sources=[{name:a}]": r"path.* has no value; set it",
     "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
-    "+data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
+    "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
     "parallel.tensor=0": r"parallel.tensor=0: must be at least 1",
     "parallel.zero_stage=4": r"parallel.zero_stage=4: must be one of 1, 2, 3",
     f"{NODE8} parallel.tensor=3": r"world size=8: must be a multiple of .* = 3",

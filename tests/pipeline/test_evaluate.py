@@ -9,6 +9,7 @@ from pipeline.stages import evaluate, generate
 from tests.pipeline.evaluation_helpers import (
     context,
     held_out,
+    one_thread,  # noqa: F401
     small_config,
     write_held_out,
     write_inputs,

@@ -10,7 +10,7 @@ from pipeline.schema import EvalSection, NiahSection, PerplexitySection
 from pipeline.stages.export import longgen_config
 from pipeline.tasks import kv_bytes, niah, perplexity
 from tests.data_prep.helpers import save_model_folder
-from tests.pipeline.evaluation_helpers import VOCABULARY, held_out
+from tests.pipeline.evaluation_helpers import VOCABULARY, held_out, one_thread  # noqa: F401
 from tests.tiny import PATTERNS, tiny_config, tiny_llama
 
 
