@@ -59,9 +59,8 @@ def _deterministic(train) -> None:
 def run(context: StageContext) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint in the folder if there is one."""
     config, out, log = context.config, context.out, context.log
-    device = torch.device(config.device)
     _deterministic(config.train)
-    layout = Layout(config.parallel, device)
+    layout = Layout(config.parallel, torch.device(config.device))
     # megatron-core may be imported only once the layout stands.
     from data_prep.shards import PackedRows
     from model.gpt import HybridGPT, transformer_config
@@ -93,7 +92,7 @@ def run(context: StageContext) -> dict[str, Any]:
         loaded.add(name)
     if loaded != parameters.keys():
         raise AssertionError(f"weights not loaded: {sorted(parameters.keys() - loaded)}")
-    model.to(device)
+    model.to(layout.device)
     engine = build_engine(model, train, config.parallel, layout)
     rows = PackedRows(context.folder("data_prep") / "train")
     held_out = PackedRows(context.folder("data_prep") / "held_out")

@@ -53,9 +53,10 @@ class Layout:
                 f"world size {world}: training runs on one process in this version; set "
                 "parallel.nodes=1 parallel.gpus_per_node=1 parallel.tensor=1 parallel.ulysses=1"
             )
-        self.device = device
         if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        self.device = device
         import deepspeed
 
         if device.type == "cpu":
