@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
+import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 
 from data_prep.sources import DataError
 from model.mapping import MappingError
@@ -36,6 +41,7 @@ USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError)
 # Stages whose results controls, seeds and ablations share.
 SHARED = ("fetch", "data_prep", "convert")
 PARTIAL = "partial.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _log_to_terminal() -> None:
@@ -56,6 +62,25 @@ def stage_inputs(stage: str, config: Config) -> tuple[str, ...]:
     """Names of the stages whose folders this one reads under this configuration."""
     inputs = stage_module(stage).INPUTS
     return inputs(config) if callable(inputs) else inputs
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk (or quota) while a stage writes into `folder` into a StageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # Of an error in safetensors' own writer, its text is all that tells.
+        told = [number for number in NO_SPACE if f"os error {number})" in str(error)]
+        number = getattr(error, "errno", None) or (told[0] if told else None)
+        if number not in NO_SPACE:
+            raise
+        # A failed copy names its source first; a failed write names no file.
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
+        raise StageError(
+            f"{path}: {os.strerror(number)}; free space there, or set outputs=OTHER_DISK, and run "
+            "again"
+        ) from error
 
 
 class Runner:
@@ -138,11 +163,13 @@ class Runner:
             self.finished(name)
         log.info("%s: starts", stage)
         started = time.time()
-        out = self._partial_folder(stage, final, stage_log)
-        context = StageContext(self.config, out, self.finished, stage_log)
-        counts = stage_module(stage).run(context)
-        (out / PARTIAL).unlink()
-        finish(out, final, stage, depends_on, inputs, counts, started)
+        with _disk_errors(final):
+            out = self._partial_folder(stage, final, stage_log)
+            context = StageContext(self.config, out, self.finished, stage_log)
+            counts = stage_module(stage).run(context)
+            finish(out, final, stage, depends_on, inputs, counts, started)
+        # Not before: where the manifest cannot be written, the work can still be continued.
+        (final / PARTIAL).unlink()
         log.info("%s: done in %.1f s", stage, time.time() - started)
         return counts
 
@@ -154,9 +181,7 @@ def execute(composed: DictConfig) -> int:
         config = parse(composed)
         runner = Runner(config)
         stages = CHAIN if config.stage == "chain" else (config.stage,)
-        log.info(
-            "experiment %s, variant %s, device %s", config.name, config.variant, config.device
-        )
+        log.info("experiment %s, variant %s, device %s", config.name, config.variant, config.device)
         for stage in stages:
             counts = runner.run(stage)
     except USER_ERRORS as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 
@@ -70,5 +72,9 @@ def build_engine(
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if parallel.optimizer_offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=layout)
+    # DeepSpeed prints its memory use while it starts; metrics.jsonl has the run's.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, mpu=layout
+        )
     return engine

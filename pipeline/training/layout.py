@@ -73,6 +73,11 @@ class Layout:
         self.state = parallel_state
         self.rank = dist.get_rank()
 
+    def close(self) -> None:
+        """Leave the world; a later Layout joins a new one."""
+        self.state.destroy_model_parallel()
+        dist.destroy_process_group()
+
     @property
     def data_parallel_rank(self) -> int:
         """This process's share of the rows, among `data_parallel_size`."""

@@ -1,0 +1,52 @@
+"""What the tests of whole runs share: composed configurations and the lines that a run prints."""
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from pipeline.runner import execute
+from pipeline.schema import register_defaults
+
+ROOT = Path(__file__).resolve().parents[2]
+
+register_defaults()
+
+
+def composed(*overrides):
+    """conf/config.yaml with these overrides on the CPU, without W&B."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=["device=cpu", "wandb.mode=disabled", *overrides])
+
+
+@contextmanager
+def fresh_logger():
+    """The runner's logger as a new process has it: its handler holds the stdout of that moment."""
+    log = logging.getLogger("longgen")
+    before = log.handlers[:], log.level, log.propagate
+    log.handlers[:] = []
+    try:
+        yield
+    finally:
+        log.handlers[:] = before[0]
+        log.setLevel(before[1])
+        log.propagate = before[2]
+
+
+def run(capsys, *overrides) -> tuple[int, list[str]]:
+    """(exit code, printed lines without the time) of one command; errors reach no traceback."""
+    capsys.readouterr()
+    with fresh_logger():
+        code = execute(composed(*overrides))
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    return code, [line.partition(" ")[2] for line in printed.out.splitlines()]
+
+
+def refused(capsys, *overrides) -> str:
+    """The one line of a command that must be refused with exit code 2."""
+    code, lines = run(capsys, *overrides)
+    assert code == 2, lines
+    assert [line.startswith("error: ") for line in lines].index(True) == len(lines) - 1, lines
+    return lines[-1].removeprefix("error: ")

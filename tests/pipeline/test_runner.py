@@ -1,0 +1,339 @@
+"""Skipped, redone, continued, refused: the runner on stages that take no time."""
+
+import errno
+import json
+import logging
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+
+from data_prep.sources import DataError
+from model.mapping import MappingError
+from model.weights import WeightsError
+from pipeline import runner
+from pipeline.manifest import StageError, StageStopped, changed_keys
+from pipeline.validation import CHAIN
+from tests.pipeline.running import composed, refused, run
+
+INPUTS = {
+    "fetch": (),
+    "data_prep": ("fetch",),
+    "convert": ("fetch",),
+    "finetune": ("data_prep", "convert"),
+    "export": lambda config: ("convert", "finetune"),
+    "evaluate": ("export",),
+    "report": ("evaluate",),
+    "generate": ("export",),
+}
+SECTIONS = {
+    "fetch": lambda c: {"source": c.model.source},
+    "data_prep": lambda c: {"seq_length": c.data.seq_length},
+    "finetune": lambda c: {"train": {"steps": c.train.steps, "lr": c.train.lr}},
+}
+
+
+class FakeStages:
+    """Modules of stages that write one file, `calls` of them, and `act` for what one shall do."""
+
+    def __init__(self):
+        self.calls, self.acts = [], {}
+        self.modules = {name: self._module(name) for name in INPUTS}
+
+    def _module(self, name):
+        def stage(context):
+            self.calls.append(name)
+            told = [context.folder(n).name for n in runner.stage_inputs(name, context.config)]
+            with (context.out / "work").open("a") as file:
+                file.write(f"{name} {told}\n")
+            return self.acts.get(name, lambda context: {"number": len(self.calls)})(context)
+
+        return SimpleNamespace(
+            INPUTS=INPUTS[name],
+            RESUMABLE=name == "finetune",
+            ALWAYS=name == "generate",
+            depends_on=SECTIONS.get(name, lambda config: {}),
+            run=stage,
+        )
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    fakes = FakeStages()
+    monkeypatch.setattr(runner, "stage_module", fakes.modules.__getitem__)
+    return fakes
+
+
+@pytest.fixture
+def at(tmp_path):
+    """The command's outputs, and its run's own folder."""
+    return SimpleNamespace(
+        outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main", root=tmp_path
+    )
+
+
+def raising(error):
+    def act(context):
+        raise error
+
+    return act
+
+
+def written(folder):
+    return (folder / "work").read_text().count("\n")
+
+
+def test_a_chain_runs_once_and_then_is_skipped_line_by_line(stages, at, capsys):
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and stages.calls == list(CHAIN)
+    assert lines[0] == "experiment demo, variant main, device cpu"
+    assert [line for line in lines if line.endswith(": starts")] == [f"{s}: starts" for s in CHAIN]
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and len(stages.calls) == len(CHAIN)
+    assert [line.partition(" (")[0] for line in lines[1:]] == [
+        f"{stage}: up to date, skipped" for stage in CHAIN
+    ]
+
+
+def test_finished_folders_hold_a_manifest_and_nothing_half_done(stages, at, capsys):
+    run(capsys, at.outputs)
+    manifest = json.loads((at.run / "finetune/manifest.json").read_text())
+    assert manifest["config"] == {"train": {"steps": 60, "lr": 3e-3}}
+    assert manifest["inputs"].keys() == {"data_prep", "convert"}
+    assert manifest["counts"] == {"number": 4} and "torch" in manifest["versions"]
+    names = {path.name for path in at.root.rglob("*")}
+    assert not [name for name in names if "partial" in name or name.endswith(".old")]
+
+
+def test_shared_stages_lie_under_artifacts_by_what_they_depend_on(stages, at, capsys):
+    run(capsys, at.outputs)
+    wanted = runner.Runner(runner.parse(composed(at.outputs)))
+    for stage in runner.SHARED:
+        id_ = wanted.wanted(stage)[2]
+        assert wanted.folder(stage) == at.root / "artifacts" / stage / id_
+        assert (at.root / "artifacts" / stage / id_ / "manifest.json").exists()
+    code, lines = run(capsys, at.outputs, "variant=other", "train.steps=9")
+    assert code == 0
+    assert stages.calls[len(CHAIN) :] == ["finetune", "export", "evaluate", "report"]
+
+
+def test_a_changed_configuration_is_told_key_by_key_and_refused(stages, at, capsys):
+    run(capsys, at.outputs)
+    changed = [at.outputs, "stage=finetune", "train.steps=9", "train.lr=0.5"]
+    assert refused(capsys, *changed) == (
+        f"{at.run}/finetune: was made with another configuration (config.train.lr: 0.003 -> 0.5; "
+        "config.train.steps: 60 -> 9); choose variant=NAME to keep it, or force=true to redo it"
+    )
+    assert len(stages.calls) == len(CHAIN)
+    assert run(capsys, *changed, "variant=nine")[0] == 0
+    assert json.loads((at.run / "finetune/manifest.json").read_text())["counts"]["number"] == 4
+    assert run(capsys, *changed, "force=true")[0] == 0
+    assert json.loads((at.run / "finetune/manifest.json").read_text())["counts"]["number"] == 9
+    assert not (at.run / "finetune.old").exists()
+    # What was made from the old one is stale now.
+    assert "inputs.finetune: " in refused(capsys, at.outputs, "stage=export", *changed[2:])
+
+
+def test_changed_keys():
+    old = {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert changed_keys(old, old) == []
+    assert changed_keys(old, {"a": {"b": 3, "c": [1]}, "e": "x"}) == [
+        "a.b: 1 -> 3",
+        "d: 2 -> None",
+        "e: None -> 'x'",
+    ]
+
+
+def test_a_changed_input_makes_what_was_built_on_it_stale(stages, at, capsys):
+    run(capsys, at.outputs)
+    other = [at.outputs, "model.source=elsewhere"]
+    message = refused(capsys, *other, "stage=data_prep")
+    assert message.startswith(f"{at.root}/artifacts/fetch/")
+    assert message.endswith(": is missing; run stage=fetch first")
+    assert run(capsys, *other, "stage=fetch")[0] == 0
+    assert run(capsys, *other, "stage=data_prep")[0] == 0
+    assert len(list((at.root / "artifacts/data_prep").iterdir())) == 2
+    message = refused(capsys, *other, "stage=finetune")
+    assert "(inputs.convert: '" in message and "; inputs.data_prep: '" in message
+
+
+@pytest.mark.parametrize("stage", ["finetune", "export"])
+def test_an_input_that_is_missing_names_the_stage_to_run(stages, at, capsys, stage):
+    assert refused(capsys, at.outputs, f"stage={stage}").endswith("run stage=data_prep first") or (
+        stage == "export"
+    )
+    for needed in ("fetch", "data_prep", "convert"):
+        run(capsys, at.outputs, f"stage={needed}")
+    if stage == "export":
+        assert refused(capsys, at.outputs, "stage=export") == (
+            f"{at.run}/finetune: is missing; run stage=finetune first"
+        )
+    assert stages.calls == ["fetch", "data_prep", "convert"]
+
+
+def test_an_input_of_another_configuration_names_the_stage_to_run(stages, at, capsys):
+    run(capsys, at.outputs)
+    (at.run / "export/manifest.json").unlink()
+    assert refused(capsys, at.outputs, "stage=export", "train.steps=9") == (
+        f"{at.run}/finetune: was made with another configuration; run stage=finetune first"
+    )
+
+
+@pytest.mark.parametrize("manifest", [None, "", '{"id": "0'])
+def test_a_folder_without_a_whole_manifest_is_not_finished(stages, at, capsys, manifest):
+    run(capsys, at.outputs)
+    path = at.run / "export/manifest.json"
+    path.unlink()
+    if manifest is not None:
+        path.write_text(manifest)
+    assert "is missing; run stage=export" in refused(capsys, at.outputs, "stage=evaluate")
+    assert run(capsys, at.outputs)[0] == 0
+    assert stages.calls[len(CHAIN) :] == ["export"]
+    assert written(at.run / "export") == 1
+
+
+@pytest.mark.parametrize(("stage", "lines"), [("export", 1), ("finetune", 2)])
+def test_a_stage_that_dies_starts_anew_or_continues(stages, at, capsys, stage, lines):
+    stages.acts[stage] = raising(MemoryError())
+    with pytest.raises(MemoryError):
+        run(capsys, at.outputs)
+    assert not (at.run / stage).exists()
+    assert written(at.run / f"{stage}.partial") == 1
+    del stages.acts[stage]
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / stage) == lines
+    assert not (at.run / f"{stage}.partial").exists()
+
+
+def test_force_continues_nothing(stages, at, capsys):
+    stages.acts["finetune"] = raising(MemoryError())
+    with pytest.raises(MemoryError):
+        run(capsys, at.outputs)
+    del stages.acts["finetune"]
+    assert run(capsys, at.outputs, "force=true")[0] == 0
+    assert written(at.run / "finetune") == 1
+
+
+def test_a_partial_folder_of_unknown_origin_is_dropped(stages, at, capsys):
+    (at.run / "finetune.partial").mkdir(parents=True)
+    (at.run / "finetune.partial/work").write_text("what is this\n")
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / "finetune") == 1
+
+
+def test_unfinished_work_of_another_configuration_is_not_lost(stages, at, capsys):
+    stages.acts["finetune"] = raising(MemoryError())
+    with pytest.raises(MemoryError):
+        run(capsys, at.outputs)
+    del stages.acts["finetune"]
+    assert refused(capsys, at.outputs, "train.steps=9") == (
+        f"{at.run}/finetune.partial: holds unfinished work of another configuration "
+        "(config.train.steps: 60 -> 9); choose variant=NAME for the new one, or force=true to "
+        "drop the old"
+    )
+    assert run(capsys, at.outputs, "train.steps=9", "variant=nine")[0] == 0
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / "finetune") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (StageStopped(signal.SIGTERM), 143, "stopped by SIGTERM after a save; the same command"),
+        (StageStopped(signal.SIGINT), 130, "stopped by SIGINT after a save; the same command"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+    ],
+)
+def test_what_stops_a_run_and_its_exit_code(stages, at, capsys, error, code, line):
+    stages.acts["finetune"] = raising(error)
+    found, lines = run(capsys, at.outputs)
+    assert found == code and lines[-1].startswith(line)
+    del stages.acts["finetune"]
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / "finetune") == 2
+
+
+@pytest.mark.parametrize("kind", [StageError, DataError, MappingError, WeightsError])
+def test_what_the_user_can_mend_is_one_line(stages, at, capsys, kind):
+    stages.acts["convert"] = raising(kind("a.txt: broken; mend it"))
+    assert refused(capsys, at.outputs) == "a.txt: broken; mend it"
+    assert stages.calls == ["fetch", "data_prep", "convert"]
+
+
+def test_what_the_user_cannot_mend_keeps_its_traceback(stages, at, capsys):
+    stages.acts["convert"] = raising(PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(PermissionError):
+        run(capsys, at.outputs)
+
+
+def test_summary_and_page_are_the_last_lines(stages, at, capsys):
+    stages.acts["report"] = lambda context: {"summary": ["loss 2 -> 1", "cache 62% less"]}
+    page = str(at.run / "report/index.html")
+    assert run(capsys, at.outputs)[1][-3:] == ["loss 2 -> 1", "cache 62% less", page]
+    assert run(capsys, at.outputs)[1][-3:] == ["loss 2 -> 1", "cache 62% less", page]
+
+
+def test_stages_that_always_run_do(stages, at, capsys):
+    run(capsys, at.outputs)
+    for times in (1, 2):
+        assert run(capsys, at.outputs, "stage=generate")[0] == 0
+        assert stages.calls.count("generate") == times
+        assert written(at.run / "generate") == 1
+
+
+def full(*names):
+    return OSError(errno.ENOSPC, "No space left on device", *names)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (full(), "finetune"),
+        (full("/disk/file"), "/disk/file"),
+        (full("/from/file", None, "/to/file"), "/to/file"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/disk/file"), "/disk/file"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "finetune"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_work_is_kept(stages, at, capsys, error, named):
+    stages.acts["finetune"] = raising(error)
+    message = refused(capsys, at.outputs)
+    reason = "Disk quota exceeded" if getattr(error, "errno", 0) == errno.EDQUOT else "No space"
+    assert message.startswith(str(at.run / named) + f": {reason}")
+    assert "; free space there, or set outputs=OTHER_DISK" in message
+    assert not (at.run / "finetune").exists()
+    del stages.acts["finetune"]
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / "finetune") == 2
+
+
+def test_errors_of_safetensors_that_no_space_mends_keep_their_traceback(stages, at, capsys):
+    stages.acts["finetune"] = raising(SafetensorError("header too small"))
+    with pytest.raises(SafetensorError):
+        run(capsys, at.outputs)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_manifest_that_does_not_fit_costs_no_work(stages, at, capsys):
+    def fill(context):
+        (context.out / "manifest.json").symlink_to("/dev/full")
+        return {}
+
+    stages.acts["finetune"] = fill
+    assert refused(capsys, at.outputs).startswith(f"{at.run}/finetune: No space left on device; ")
+    assert not (at.run / "finetune").exists()
+    (at.run / "finetune.partial/manifest.json").unlink()
+    del stages.acts["finetune"]
+    assert run(capsys, at.outputs)[0] == 0
+    assert written(at.run / "finetune") == 2
+    assert not (at.run / "finetune/partial.json").exists()
+
+
+def test_the_terminal_gets_each_line_once(stages, at, capsys):
+    log = logging.getLogger("longgen")
+    runner._log_to_terminal()
+    runner._log_to_terminal()
+    assert len(log.handlers) == 1 and not log.propagate
+    log.handlers.clear()

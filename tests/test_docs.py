@@ -1,0 +1,44 @@
+"""Every measured figure in the README equals what docs/results says."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "docs/results"
+
+
+def test_readme_figures_are_as_measured():
+    measured = json.loads((RESULTS / "smollm2_32k.json").read_text())
+    beyond = measured["perplexity_beyond_8192"]
+    claim = re.search(r"falls from\s+([\d.]+) to ([\d.]+)", README)
+    assert (float(claim[1]), float(claim[2])) == (beyond["before"], beyond["after"])
+    with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:
+        rows = {int(row["length"]): float(row["saved_percent"]) for row in csv.DictReader(file)}
+    saved = re.search(r"at ([\d,]+) tokens is ([\d.]+)% smaller", README)
+    assert rows[int(saved[1].replace(",", ""))] == float(saved[2])
+    assert measured["kv_bytes_saved_percent_at_32768"] == float(saved[2])
+    millions = re.search(r"with (\d+)M tokens", README)
+    assert round(measured["training_tokens"] / 1e6) == int(millions[1])
+
+
+def test_kv_bytes_are_the_patterns():
+    """The measured cache is what the pattern's definition says, to the byte."""
+    with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:
+        for row in csv.DictReader(file):
+            length = int(row["length"])
+            token = 2 * 3 * 64 * 2
+            assert int(row["full_bytes"]) == 30 * length * token
+            live = 12 * length + 18 * min(length, 64 + 2047)
+            assert int(row["allocated_bytes"]) == live * token
+
+
+def test_files_the_readme_names_exist():
+    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for line in re.findall(r"(?<=```\nconf/)(.*?)```", README, flags=re.S)[0].splitlines():
+        folder = line.split("/")[0] if re.match(r"\w+/", line) else None
+        if folder:
+            assert (ROOT / folder).is_dir(), folder
