@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Python puts this folder first on sys.path, where `tasks`, `training` or `stages` would hide others.
+# Python puts this folder first on sys.path, where `tasks` or `stages` would hide others.
 sys.path[0] = str(ROOT)
 
 import hydra  # noqa: E402

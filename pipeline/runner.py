@@ -54,7 +54,7 @@ def _log_to_terminal() -> None:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """The module of a stage: INPUTS (names, or a function of the configuration), depends_on, run."""
+    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run."""
     return importlib.import_module(f"pipeline.stages.{stage}")
 
 

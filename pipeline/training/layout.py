@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 
@@ -62,9 +63,11 @@ class Layout:
         if device.type == "cpu":
             # DeepSpeed would compile a shared-memory all-reduce; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
-        )
+        if not dist.is_initialized():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+            )
+            atexit.register(deepspeed.comm.destroy_process_group)
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor,
@@ -72,11 +75,6 @@ class Layout:
             )
         self.state = parallel_state
         self.rank = dist.get_rank()
-
-    def close(self) -> None:
-        """Leave the world; a later Layout joins a new one."""
-        self.state.destroy_model_parallel()
-        dist.destroy_process_group()
 
     @property
     def data_parallel_rank(self) -> int:

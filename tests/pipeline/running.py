@@ -2,9 +2,11 @@
 
 import logging
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pipeline.runner import execute
 from pipeline.schema import register_defaults
@@ -14,10 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 register_defaults()
 
 
-def composed(*overrides):
-    """conf/config.yaml with these overrides on the CPU, without W&B."""
+@cache
+def defaults():
+    """conf/config.yaml as composed; some tenths of a second, so done once."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=["device=cpu", "wandb.mode=disabled", *overrides])
+        return compose("config", overrides=["device=cpu", "wandb.mode=disabled"])
+
+
+def composed(*overrides):
+    """conf/config.yaml on the CPU, without W&B, and with these keys set."""
+    return OmegaConf.merge(defaults(), OmegaConf.from_dotlist(list(overrides)))
 
 
 @contextmanager

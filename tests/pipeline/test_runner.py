@@ -31,7 +31,7 @@ INPUTS = {
 SECTIONS = {
     "fetch": lambda c: {"source": c.model.source},
     "data_prep": lambda c: {"seq_length": c.data.seq_length},
-    "finetune": lambda c: {"train": {"steps": c.train.steps, "lr": c.train.lr}},
+    "finetune": lambda c: {"train": {"clip": c.train.clip, "seed": c.train.seed}},
 }
 
 
@@ -100,7 +100,7 @@ def test_a_chain_runs_once_and_then_is_skipped_line_by_line(stages, at, capsys):
 def test_finished_folders_hold_a_manifest_and_nothing_half_done(stages, at, capsys):
     run(capsys, at.outputs)
     manifest = json.loads((at.run / "finetune/manifest.json").read_text())
-    assert manifest["config"] == {"train": {"steps": 60, "lr": 3e-3}}
+    assert manifest["config"] == {"train": {"clip": 1.0, "seed": 1}}
     assert manifest["inputs"].keys() == {"data_prep", "convert"}
     assert manifest["counts"] == {"number": 4} and "torch" in manifest["versions"]
     names = {path.name for path in at.root.rglob("*")}
@@ -114,17 +114,17 @@ def test_shared_stages_lie_under_artifacts_by_what_they_depend_on(stages, at, ca
         id_ = wanted.wanted(stage)[2]
         assert wanted.folder(stage) == at.root / "artifacts" / stage / id_
         assert (at.root / "artifacts" / stage / id_ / "manifest.json").exists()
-    code, lines = run(capsys, at.outputs, "variant=other", "train.steps=9")
+    code, lines = run(capsys, at.outputs, "variant=other", "train.seed=9")
     assert code == 0
     assert stages.calls[len(CHAIN) :] == ["finetune", "export", "evaluate", "report"]
 
 
 def test_a_changed_configuration_is_told_key_by_key_and_refused(stages, at, capsys):
     run(capsys, at.outputs)
-    changed = [at.outputs, "stage=finetune", "train.steps=9", "train.lr=0.5"]
+    changed = [at.outputs, "stage=finetune", "train.seed=9", "train.clip=0.5"]
     assert refused(capsys, *changed) == (
-        f"{at.run}/finetune: was made with another configuration (config.train.lr: 0.003 -> 0.5; "
-        "config.train.steps: 60 -> 9); choose variant=NAME to keep it, or force=true to redo it"
+        f"{at.run}/finetune: was made with another configuration (config.train.clip: 1.0 -> 0.5; "
+        "config.train.seed: 1 -> 9); choose variant=NAME to keep it, or force=true to redo it"
     )
     assert len(stages.calls) == len(CHAIN)
     assert run(capsys, *changed, "variant=nine")[0] == 0
@@ -176,7 +176,7 @@ def test_an_input_that_is_missing_names_the_stage_to_run(stages, at, capsys, sta
 def test_an_input_of_another_configuration_names_the_stage_to_run(stages, at, capsys):
     run(capsys, at.outputs)
     (at.run / "export/manifest.json").unlink()
-    assert refused(capsys, at.outputs, "stage=export", "train.steps=9") == (
+    assert refused(capsys, at.outputs, "stage=export", "train.seed=9") == (
         f"{at.run}/finetune: was made with another configuration; run stage=finetune first"
     )
 
@@ -188,7 +188,7 @@ def test_a_folder_without_a_whole_manifest_is_not_finished(stages, at, capsys, m
     path.unlink()
     if manifest is not None:
         path.write_text(manifest)
-    assert "is missing; run stage=export" in refused(capsys, at.outputs, "stage=evaluate")
+    assert "is missing; run stage=export" in refused(capsys, at.outputs, "stage=generate")
     assert run(capsys, at.outputs)[0] == 0
     assert stages.calls[len(CHAIN) :] == ["export"]
     assert written(at.run / "export") == 1
@@ -228,12 +228,12 @@ def test_unfinished_work_of_another_configuration_is_not_lost(stages, at, capsys
     with pytest.raises(MemoryError):
         run(capsys, at.outputs)
     del stages.acts["finetune"]
-    assert refused(capsys, at.outputs, "train.steps=9") == (
+    assert refused(capsys, at.outputs, "train.seed=9") == (
         f"{at.run}/finetune.partial: holds unfinished work of another configuration "
-        "(config.train.steps: 60 -> 9); choose variant=NAME for the new one, or force=true to "
+        "(config.train.seed: 1 -> 9); choose variant=NAME for the new one, or force=true to "
         "drop the old"
     )
-    assert run(capsys, at.outputs, "train.steps=9", "variant=nine")[0] == 0
+    assert run(capsys, at.outputs, "train.seed=9", "variant=nine")[0] == 0
     assert run(capsys, at.outputs)[0] == 0
     assert written(at.run / "finetune") == 2
 
