@@ -242,7 +242,7 @@ def _read_jsonl(folder: Path, name: str, source: Source, skips: Skips) -> Iterat
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             skips.add("broken lines", f"{where}: not JSON: {error}")
             continue
         text = record.get(source.field) if isinstance(record, dict) else None

@@ -5,8 +5,18 @@ Shapes: T packed tokens, N query heads, G KV heads, H head dim.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 import torch.nn.functional as F
+
+log = logging.getLogger("longgen.kernels")
+
+
+@cache
+def _say_once(device: str) -> None:
+    log.info("full layers on %s run by torch SDPA, a call per document", device)
 
 
 def dense_attention(
@@ -22,6 +32,7 @@ def dense_attention(
     Returns:
         out [T, N, H] in the inputs' dtype.
     """
+    _say_once(q_TNH.device.type)
     ratio = q_TNH.shape[1] // k_TGH.shape[1]
     on_gpu = q_TNH.is_cuda
     if ratio > 1 and not on_gpu:

@@ -20,8 +20,8 @@ class KeyRanges:
     """The keys that a tile of queries walks, as disjoint runs in ascending order of position.
 
     `runs` are half-open intervals [start, stop). `strided` is None or (first, stop, step, start,
-    limit): the blocks first, first + step, ... below stop, in units of the pattern's block, of which
-    only the tokens in [start, limit) belong to the run (the rest lies in `runs` or in the future).
+    limit): the blocks first, first + step, ... below stop, in units of the pattern's block, of
+    which only the tokens in [start, limit) belong to the run (the rest lies in `runs`).
     """
 
     runs: tuple[tuple[int, int], ...]

@@ -11,6 +11,7 @@ S slots, H head dim. Positions are int64, -1 for padding or an empty slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,12 +20,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .pattern import Pattern
 
 
+@dataclass
+class _Shared:
+    """What the cache tells its layers.
+
+    An object of its own: were it the cache, the two would hold each other, and a cache that is no
+    longer used would keep its memory until Python's cycle collector comes by.
+    """
+
+    columns: int = 0
+    keep: dict[Pattern, torch.Tensor | None] = field(default_factory=dict)
+
+
 class LongGenCacheLayer(CacheLayerMixin):
     """The keys and values [B, G, S, H] of one layer; which slots stay is the cache's to say."""
 
-    def __init__(self, cache: LongGenCache, pattern: Pattern) -> None:
+    def __init__(self, shared: _Shared, pattern: Pattern) -> None:
         super().__init__()
-        self.cache = cache
+        self.shared = shared
         self.pattern = pattern
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -40,7 +53,7 @@ class LongGenCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         keys = torch.cat((self.keys, key_states), dim=2)
         values = torch.cat((self.values, value_states), dim=2)
-        keep = self.cache.keep[self.pattern]
+        keep = self.shared.keep[self.pattern]
         self.keys, self.values = keys, values
         if keep is not None:
             batch, groups, _, head_dim = keys.shape
@@ -55,7 +68,7 @@ class LongGenCacheLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns seen, padding included."""
-        return self.cache.columns
+        return self.shared.columns
 
     def get_max_length(self) -> int:
         """No limit."""
@@ -63,7 +76,7 @@ class LongGenCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask over all columns."""
-        return self.cache.columns + query_length, 0
+        return self.shared.columns + query_length, 0
 
 
 class LongGenCache(Cache):
@@ -77,28 +90,33 @@ class LongGenCache(Cache):
         kv_heads: the model's KV heads.
 
     Attributes:
-        columns: columns seen so far, padding included (what transformers counts).
         lengths: tokens seen so far of each row, int64 [B] on the host; None before the first.
         query_positions: positions of the last forward's tokens [B, L], on its device.
         key_positions: for each pattern, positions [B, P, S + L] of the keys that `update` returns;
             None where every key is visible to every query.
-        keep: for each pattern, indices [B, P, S'] of the keys kept among those; None for all.
+        shared.keep: for each pattern, indices [B, P, S'] of those that are kept; None for all.
     """
 
     def __init__(self, patterns: Sequence[Pattern], kv_heads: int) -> None:
-        super().__init__(layers=[LongGenCacheLayer(self, pattern) for pattern in patterns])
+        self.shared = _Shared()
+        super().__init__(layers=[LongGenCacheLayer(self.shared, p) for p in patterns])
         self.kv_heads = kv_heads
         self.reset()
 
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self.columns = 0
+        self.shared.columns = 0
+        self.shared.keep.clear()
         self.lengths: torch.Tensor | None = None
         self.query_positions: torch.Tensor | None = None
         self.key_positions: dict[Pattern, torch.Tensor | None] = {}
-        self.keep: dict[Pattern, torch.Tensor | None] = {}
         self._slots: dict[Pattern, torch.Tensor] = {}
+
+    @property
+    def columns(self) -> int:
+        """Columns seen so far, padding included (what transformers counts)."""
+        return self.shared.columns
 
     def advance(self, real: torch.Tensor) -> None:
         """Take in the next columns: bool [B, L], True for tokens, False for padding."""
@@ -115,17 +133,18 @@ class LongGenCache(Cache):
             )
         new = (self.lengths[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)
         self.lengths = self.lengths + real.sum(1)
-        self.columns += real.shape[1]
+        self.shared.columns += real.shape[1]
         self.query_positions = new.to(device)
         for pattern, slots in self._slots.items():
             keys = torch.cat((slots, new[:, None].expand(-1, slots.shape[1], -1)), dim=2)
             keep = self._live_indices(pattern, keys)
             all_visible = pattern.is_full and new.shape[1] == 1 and bool((keys >= 0).all())
             self.key_positions[pattern] = None if all_visible else keys.to(device)
-            self._slots[pattern], self.keep[pattern] = keys, None
+            self._slots[pattern], self.shared.keep[pattern] = keys, None
             if keep is not None:
                 kept = keys.gather(2, keep.clamp(min=0)).masked_fill(keep < 0, -1)
-                self._slots[pattern], self.keep[pattern] = kept, keep.clamp(min=0).to(device)
+                self._slots[pattern] = kept
+                self.shared.keep[pattern] = keep.clamp(min=0).to(device)
 
     def _live_indices(self, pattern: Pattern, keys: torch.Tensor) -> torch.Tensor | None:
         """Where the live positions lie in keys [B, P, S + L]: [B, P, S'], -1 for empty slots."""

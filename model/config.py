@@ -31,6 +31,11 @@ def resolve_schedule(full: str | list[int], count: int | None, num_layers: int) 
         ValueError: on an unknown placement, an index or a count outside the layers.
     """
     if not isinstance(full, str):
+        if not isinstance(full, list) or not all(type(i) is int for i in full):
+            raise ValueError(
+                f"schedule.full={full!r}: must be one of {', '.join(PLACEMENTS)} or a list of "
+                "layer indices; set schedule.full"
+            )
         wrong = sorted({i for i in full if not 0 <= i < num_layers})
         if wrong or len(set(full)) != len(full):
             raise ValueError(
@@ -106,10 +111,6 @@ class ModelConfig:
     def pattern_of(self, layer: int) -> Pattern:
         """The pattern of layer `layer`, counted from 0."""
         return Pattern.full() if self.is_full[layer] else self.pattern
-
-    def rope_of(self, layer: int) -> Mapping[str, Any]:
-        """The rope parameters of layer `layer`, counted from 0."""
-        return self.rope if self.is_full[layer] else self.sparse_rope
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,8 @@ from pipeline.runner import execute  # noqa: E402
 from pipeline.schema import register_defaults  # noqa: E402
 
 register_defaults()
+# megatron-core warns on every start that apex and Transformer Engine are absent: none is used.
+warnings.filterwarnings("ignore", module="megatron", category=UserWarning)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib
 import json
 import logging
@@ -83,6 +84,24 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages that the configuration names, in order.
+
+    Raises:
+        ConfigError: where one of them cannot run on the configured world.
+    """
+    stages = CHAIN if config.stage == "chain" else (config.stage,)
+    if config.export.source == "convert" and config.stage == "chain":
+        stages = tuple(stage for stage in stages if stage != "finetune")
+    world = config.parallel.nodes * config.parallel.gpus_per_node
+    if "finetune" in stages and world > 1:
+        raise ConfigError(
+            f"world size={world}: finetune runs on one process in this version; set "
+            "parallel=single, or run the other stages one by one with stage=NAME"
+        )
+    return stages
+
+
 class Runner:
     """The stages of one configuration."""
 
@@ -121,14 +140,15 @@ class Runner:
         """The folder to write in: what a killed run left of a resumable stage, or a new one."""
         depends_on, inputs, _ = self.wanted(stage)
         out = final.with_name(final.name + ".partial")
-        record = {"config": depends_on, "inputs": inputs}
+        # A forced run that was stopped goes on by the same command; it drops only others' work.
+        record = {"config": depends_on, "inputs": inputs, "forced": self.config.force}
         if out.exists():
             try:
                 left = json.loads((out / PARTIAL).read_text())
             except (OSError, json.JSONDecodeError):
                 left = None
             resumable = getattr(stage_module(stage), "RESUMABLE", False)
-            if resumable and left == record and not self.config.force:
+            if resumable and left == record:
                 log_.info("continuing what an earlier run left")
                 return out
             if resumable and left is not None and left != record and not self.config.force:
@@ -143,7 +163,23 @@ class Runner:
         return out
 
     def run(self, stage: str) -> dict[str, Any]:
-        """Run one stage unless its finished folder still matches; its counts."""
+        """Run one stage unless its finished folder still matches; its counts.
+
+        One process at a time: another that wants the same folder waits, and then skips.
+        """
+        final = self.folder(stage)
+        locks = self.root / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        name = str(final.relative_to(self.root)).replace("/", "--")
+        with (locks / name).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process is at work in %s; waiting", stage, final)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._run_alone(stage)
+
+    def _run_alone(self, stage: str) -> dict[str, Any]:
         stage_log = logging.getLogger(f"longgen.{stage}")
         force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
         depends_on, inputs, wanted_id = self.wanted(stage)
@@ -180,7 +216,7 @@ def execute(composed: DictConfig) -> int:
     try:
         config = parse(composed)
         runner = Runner(config)
-        stages = CHAIN if config.stage == "chain" else (config.stage,)
+        stages = stages_of(config)
         log.info("experiment %s, variant %s, device %s", config.name, config.variant, config.device)
         for stage in stages:
             counts = runner.run(stage)

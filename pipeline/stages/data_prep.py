@@ -34,7 +34,7 @@ from data_prep.sources import (
     read_documents,
 )
 from data_prep.tokenizer import ModelTokenizer, load_tokenizer, tokenize_documents
-from pipeline.manifest import StageContext
+from pipeline.manifest import StageContext, StageError
 from pipeline.packages import folder_name
 from pipeline.schema import Config, DataSection
 
@@ -106,6 +106,12 @@ def run(context: StageContext) -> dict[str, Any]:
     elif len({source.weight for source in sources}) > 1:
         log.warning("data.tokens=null: every document is used once, weights have no effect")
     tokenizer = load_tokenizer(context.folder("fetch") / "model")
+    if tokenizer.vocab_size > context.config.model.vocab_size:
+        raise StageError(
+            f"{context.folder('fetch') / 'model'}: the tokenizer has {tokenizer.vocab_size} ids; "
+            f"must be at most model.vocab_size={context.config.model.vocab_size}; put the "
+            "model's own tokenizer there, or correct model.vocab_size"
+        )
     log.info(
         f"tokenizer: {tokenizer.vocab_size:,} ids, <bos> {tokenizer.bos_id}; "
         f"{data.workers} processes"

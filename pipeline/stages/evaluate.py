@@ -43,7 +43,8 @@ def load_model(name: str, context: StageContext) -> Any:
     dtype = torch.float32 if on_cpu else torch.bfloat16
     transformers_logging.disable_progress_bar()
     if name == "base":
-        return load_source(context.folder("fetch") / "model", dtype, config.device)
+        folder = context.folder("fetch") / "model"
+        return load_source(folder, dtype, config.device, config.model.allow_pickle)
     model = AutoModelForCausalLM.from_pretrained(
         context.folder("export"), trust_remote_code=True, dtype=dtype
     )

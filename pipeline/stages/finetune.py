@@ -10,7 +10,8 @@ import torch
 
 from kernels.pattern import Pattern
 from model.config import ModelConfig, describe_schedule, resolve_schedule
-from pipeline.manifest import StageContext
+from model.weights import WeightFolder
+from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.layout import Layout
@@ -61,10 +62,11 @@ def run(context: StageContext) -> dict[str, Any]:
     config, out, log = context.config, context.out, context.log
     _deterministic(config.train)
     layout = Layout(config.parallel, torch.device(config.device))
-    # megatron-core may be imported only once the layout stands.
+    # megatron-core and DeepSpeed may be imported only once the layout stands.
+    from deepspeed.utils import safe_set_full_fp32_param
+
     from data_prep.shards import PackedRows
     from model.gpt import HybridGPT, transformer_config
-    from model.weights import iterate_weights
     from pipeline.training.engine import build_engine
     from pipeline.training.loader import Loader
     from pipeline.training.loop import Trainer
@@ -86,14 +88,21 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     model = HybridGPT(shape, megatron, config.data.seq_length)
     parameters = dict(model.named_parameters())
-    loaded = set()
-    for name, tensor in iterate_weights(context.folder("convert")):
-        parameters[name].data.copy_(tensor)
-        loaded.add(name)
-    if loaded != parameters.keys():
-        raise AssertionError(f"weights not loaded: {sorted(parameters.keys() - loaded)}")
+    weights = WeightFolder(context.folder("convert"))
+    odd = sorted(parameters.keys() ^ set(weights))
+    if odd:
+        raise StageError(
+            f"{weights.folder}: {odd[0]} and {len(odd) - 1} other tensors are in the model or in "
+            "the weights alone; they must be the same; run stage=convert force=true"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights.read(name))
     model.to(layout.device)
     engine = build_engine(model, train, config.parallel, layout)
+    # Weights stored more finely than they train keep their bits in the masters.
+    for name, parameter in parameters.items():
+        master = weights.read(name).to(layout.device, torch.float32)
+        safe_set_full_fp32_param(parameter, master)
     rows = PackedRows(context.folder("data_prep") / "train")
     held_out = PackedRows(context.folder("data_prep") / "held_out")
     found = checkpoint.newest(out / "checkpoints")
@@ -116,6 +125,7 @@ def run(context: StageContext) -> dict[str, Any]:
         trainer.run(start or checkpoint.Progress(0, 0))
     finally:
         metrics.close()
+        torch.use_deterministic_algorithms(False)
     return {
         "steps": train.steps,
         "tokens": train.steps * train.rows_per_step * config.data.seq_length,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,8 +98,11 @@ def save(engine, folder: Path, progress: Progress, keep_last: int) -> Path:
         pointer.replace(folder / LATEST)
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        # What torch.distributed.checkpoint raises carries each rank's traceback.
+        failures = getattr(error, "failures", None) or {0: (error, None)}
+        cause = str(next(iter(failures.values()))[0]).splitlines()[0]
         raise StageError(
-            f"{final}: the checkpoint could not be written ({error}); free space or set outputs to "
+            f"{final}: the checkpoint could not be written ({cause}); free space or set outputs to "
             "another disk, and run the same command again"
         ) from error
     for old in sorted(folder.glob("step_??????"))[:-keep_last]:
@@ -148,5 +152,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         kind, _, name = key.partition(".")
         if kind == "master":
             state = {key: torch.empty(found.size, dtype=found.properties.dtype)}
-            dcp.load(state, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, storage_reader=reader, no_dist=True)
             yield name, state[key]

@@ -22,7 +22,7 @@ def learning_rate(train: TrainSection, step: int) -> float:
         return train.lr * (step + 1) / train.warmup_steps
     if train.lr_schedule == "constant":
         return train.lr
-    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps - 1)
     floor = train.min_lr_ratio
     return train.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
@@ -53,7 +53,7 @@ def build_engine(
         lr=train.lr,
         betas=tuple(train.betas),
         eps=train.adam_eps,
-        fused=layout.device.type == "cuda",
+        fused=layout.device.type == "cuda" and not parallel.optimizer_offload,
     )
     config = {
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
@@ -72,6 +72,8 @@ def build_engine(
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if parallel.optimizer_offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        # DeepSpeed's own CPU optimizer would have to be compiled.
+        config["zero_force_ds_cpu_optimizer"] = False
     # DeepSpeed prints its memory use while it starts; metrics.jsonl has the run's.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

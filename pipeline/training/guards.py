@@ -1,4 +1,4 @@
-"""What stops a run in good order: a signal asks for a save at the step's edge, NaN forbids a step."""
+"""What stops a run in good order: a signal asks for a save at a step's edge, NaN ends it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class StopRequest:
 
 
 def refuse_non_finite(value: float, name: str, step: int) -> None:
-    """Raise StageError where a loss is NaN or infinite, before it reaches the weights."""
+    """Raise StageError where a loss or gradient norm is NaN or infinite, before any save."""
     if not math.isfinite(value):
         raise StageError(
-            f"step {step}: {name} is {value}; it must be finite. The weights are those of the last "
-            "checkpoint: lower train.lr, raise train.warmup_steps or look at the data of this step"
+            f"step {step}: {name} is {value}; it must be finite. The last checkpoint is untouched: "
+            "lower train.lr, raise train.warmup_steps or look at the data of this step"
         )

@@ -49,11 +49,6 @@ class Layout:
                 f"{world} processes were started: parallel.nodes * parallel.gpus_per_node = "
                 f"{wanted}; start that many, or set them to the processes there are"
             )
-        if world > 1:
-            raise StageError(
-                f"world size {world}: training runs on one process in this version; set "
-                "parallel.nodes=1 parallel.gpus_per_node=1 parallel.tensor=1 parallel.ulysses=1"
-            )
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -74,7 +69,6 @@ class Layout:
                 context_parallel_size=parallel.ulysses,
             )
         self.state = parallel_state
-        self.rank = dist.get_rank()
 
     @property
     def data_parallel_rank(self) -> int:

@@ -19,7 +19,7 @@ from pipeline.training.engine import learning_rate
 from pipeline.training.guards import StopRequest, refuse_non_finite
 from pipeline.training.layout import Layout
 from pipeline.training.loader import Batch, Loader, Rows, collate
-from pipeline.training.metrics import Metrics, PositionLosses
+from pipeline.training.metrics import Metrics, PositionLosses, peak_resident_bytes
 
 log = logging.getLogger("longgen.training")
 
@@ -47,9 +47,7 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         batch = batch.to(self.layout.device)
-        losses = self.engine(
-            batch.tokens_BS, batch.positions_BS, batch.cu_seqlens, batch.labels_BS
-        )
+        losses = self.engine(batch.tokens_BS, batch.positions_BS, batch.cu_seqlens, batch.labels_BS)
         return losses, batch
 
     def validate(self, step: int) -> None:
@@ -96,6 +94,7 @@ class Trainer:
             self.engine.step()
             lengths += batch.lengths
         norm = float(self.engine.get_global_grad_norm())
+        refuse_non_finite(norm, "the gradient norm", step + 1)
         seconds = time.perf_counter() - started
         tokens = self.train.rows_per_step * batches[0].tokens_BS.shape[1]
         flops = training_flops(self.config, lengths) / seconds
@@ -106,7 +105,7 @@ class Trainer:
             "grad_norm": norm,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / self.peak if self.peak else None,
-            "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "seconds": seconds,
         }
 
@@ -142,12 +141,10 @@ class Trainer:
                     )
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
-                stopping = stop.signal is not None and step < last
+                stopping = stop.signal is not None
                 if step % self.train.save_every == 0 or step == last or stopping:
                     at = checkpoint.Progress(step, consumed, self.metrics.run_id)
-                    path = checkpoint.save(
-                        self.engine, self.checkpoints, at, self.train.keep_last
-                    )
+                    path = checkpoint.save(self.engine, self.checkpoints, at, self.train.keep_last)
                     log.info("saved %s", path.name)
                 if stopping:
                     raise StageStopped(stop.signal)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import netrc
 import os
+import resource
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -27,7 +30,9 @@ class PositionLosses:
 
     def add(self, losses_BS, positions_BS, valid_BS) -> None:
         """Add the losses [B, S] of the tokens where `valid_BS` is true."""
-        bucket = (positions_BS // self.width).flatten()
+        # The position of the token that is predicted, as evaluation counts it.
+        last = self.sums.shape[1] - 1
+        bucket = ((positions_BS + 1) // self.width).clamp(max=last).flatten()
         valid = valid_BS.flatten().double()
         values = losses_BS.detach().flatten().double() * valid
         self.sums[0].index_add_(0, bucket, values)
@@ -49,6 +54,21 @@ class PositionLosses:
             for i, (total, tokens) in enumerate(self.sums.t().tolist())
             if tokens
         ]
+
+
+def peak_resident_bytes() -> int:
+    """The most host memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _has_wandb_key() -> bool:
+    if "WANDB_API_KEY" in os.environ:
+        return True
+    try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        return netrc.netrc().authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
 
 
 def _truncate_after(path: Path, step: int) -> None:
@@ -88,8 +108,7 @@ class Metrics:
         self.run = None
         mode = wandb.mode
         if mode == "auto":
-            has_key = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-            mode = "online" if has_key else "offline"
+            mode = "online" if _has_wandb_key() else "offline"
         if mode != "disabled":
             import wandb as client
 

@@ -16,8 +16,14 @@ from data_prep.audit import length_histogram
 from data_prep.mix import draw
 from data_prep.shards import HeldOutDocuments, PackedRows
 from data_prep.sources import DataError
-from pipeline.manifest import StageContext
-from pipeline.schema import Config, DataSection, SourceSection, UpsampleSection
+from pipeline.manifest import StageContext, StageError
+from pipeline.schema import (
+    Config,
+    DataSection,
+    ModelSection,
+    SourceSection,
+    UpsampleSection,
+)
 from pipeline.stages import data_prep
 from tests.data_prep.helpers import byte_level, save_model_folder
 
@@ -62,10 +68,13 @@ def section(root, **changes):
     return DataSection(**(options | changes))
 
 
-def run(root, out, **changes):
+def run(root, out, vocab_size=4096, **changes):
     out.mkdir()
     context = StageContext(
-        Config(data=section(root, **changes)), out, lambda stage: root / stage, LOG
+        Config(data=section(root, **changes), model=ModelSection(vocab_size=vocab_size)),
+        out,
+        lambda stage: root / stage,
+        LOG,
     )
     return data_prep.run(context)
 
@@ -190,6 +199,11 @@ def test_upsampling_shifts_lengths_within_a_source(fetched, tmp_path):
 
     assert mean_length(upsampled["sources"][0]) > 1.2 * mean_length(plain["sources"][0])
     assert upsampled["sources"][0]["train"]["tokens"] == 20_000
+
+
+def test_a_tokenizer_of_another_model_is_refused(fetched, tmp_path):
+    with pytest.raises(StageError, match=r"has \d+ ids; must be at most model.vocab_size=100"):
+        run(fetched, tmp_path / "out", vocab_size=100)
 
 
 def test_strict_refuses_the_broken_line(fetched, tmp_path):

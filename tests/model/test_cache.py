@@ -1,5 +1,7 @@
 """The cache: what it holds, to the byte, and that no key is missed for it."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -187,3 +189,18 @@ def test_going_back_is_refused():
         model.new_cache().crop(-1)
     with pytest.raises(ValueError, match="cannot go back"):
         model.generate(ids(1, 9), max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def test_a_dropped_cache_frees_its_memory_at_once():
+    """No reference cycle: at 128K a cache is gigabytes, and the next sample needs them."""
+    gc.disable()
+    try:
+        cache = LongGenCache([Pattern(2, 4), Pattern.full()], kv_heads=1)
+        cache.advance(torch.ones(1, 9, dtype=torch.bool))
+        for layer in cache.layers:
+            layer.update(torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8))
+        gone = weakref.ref(cache.layers[0])
+        del cache, layer
+        assert gone() is None
+    finally:
+        gc.enable()
