@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline import runner
 from pipeline.manifest import StageError, StageStopped, changed_keys
-from pipeline.validation import CHAIN
+from pipeline.validation import CHAIN, parse
 from tests.pipeline.running import composed, refused, run
 
 INPUTS = {
@@ -214,6 +216,54 @@ def test_force_continues_nothing(stages, at, capsys):
     del stages.acts["finetune"]
     assert run(capsys, at.outputs, "force=true")[0] == 0
     assert written(at.run / "finetune") == 1
+
+
+def test_a_forced_run_that_stopped_goes_on_by_the_same_command(stages, at, capsys):
+    assert run(capsys, at.outputs)[0] == 0
+    stages.acts["finetune"] = raising(StageStopped(signal.SIGTERM))
+    forced = [at.outputs, "stage=finetune", "force=true"]
+    assert run(capsys, *forced)[0] == 143
+    del stages.acts["finetune"]
+    code, lines = run(capsys, *forced)
+    assert code == 0
+    assert "continuing what an earlier run left" in lines
+    assert written(at.run / "finetune") == 2
+
+
+def test_one_process_at_a_time_in_a_folder(stages, at, capsys):
+    """A second one waits, says so, and then skips what the first has made."""
+    inside, first = threading.Event(), runner.Runner(parse(composed(at.outputs)))
+
+    def act(context):
+        inside.set()
+        time.sleep(1)
+        return {}
+
+    stages.acts["fetch"] = act
+    worker = threading.Thread(target=first.run, args=("fetch",))
+    worker.start()
+    inside.wait()
+    code, lines = run(capsys, at.outputs, "stage=fetch")
+    worker.join()
+    assert code == 0
+    assert any("another process is at work" in line for line in lines)
+    assert any("up to date, skipped" in line for line in lines)
+    assert stages.calls == ["fetch"]
+
+
+def test_several_processes_are_refused_before_any_work(stages, at, capsys):
+    world = [at.outputs, "parallel.gpus_per_node=2"]
+    message = refused(capsys, *world)
+    assert message.startswith("world size=2: finetune runs on one process in this version; set")
+    assert stages.calls == []
+    assert run(capsys, *world, "stage=fetch")[0] == 0
+
+
+def test_an_untrained_control_pays_for_no_training(stages, at, capsys):
+    stages.modules["export"].INPUTS = ("convert",)
+    assert run(capsys, at.outputs, "export.source=convert")[0] == 0
+    assert "finetune" not in stages.calls
+    assert "report" in stages.calls
 
 
 def test_a_partial_folder_of_unknown_origin_is_dropped(stages, at, capsys):

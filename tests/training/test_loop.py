@@ -40,10 +40,10 @@ def train_section(**changes):
     return TrainSection(**(values | changes))
 
 
-def make_trainer(layout, folder, zero_stage=1, resume=None, **changes):
+def make_trainer(layout, folder, zero_stage=1, offload=False, resume=None, **changes):
     """(trainer, where it starts); `resume` is a checkpoint to start from."""
     train = train_section(**changes)
-    parallel = ParallelSection(zero_stage=zero_stage)
+    parallel = ParallelSection(zero_stage=zero_stage, optimizer_offload=offload)
     gpt = tiny_gpt(CONFIG, tiny_llama(CONFIG))
     if train.precision == "bf16":
         gpt.bfloat16()
@@ -109,12 +109,20 @@ def test_steps_equal_plain_pytorch(layout, tmp_path):
         assert grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_killed_and_resumed_is_never_stopped(layout, tmp_path, precision, zero_stage):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"precision": "fp32", "zero_stage": 1},
+        {"precision": "fp32", "zero_stage": 2},
+        {"precision": "bf16", "zero_stage": 1},
+        {"precision": "bf16", "zero_stage": 2},
+        {"precision": "bf16", "zero_stage": 2, "offload": True},
+    ],
+    ids=str,
+)
+def test_killed_and_resumed_is_never_stopped(layout, tmp_path, kind):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    kind = {"precision": precision, "zero_stage": zero_stage}
     train_whole(layout, whole, **kind)
 
     dying, start = make_trainer(layout, broken, **kind)
