@@ -17,13 +17,6 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + config.hidden_size * config.vocab_size
 
 
-def parameters(config: ModelConfig) -> int:
-    """All weights, norms and embedding included; a tied embedding counts once."""
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    embedding = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    return matrix_parameters(config) + norms + embedding
-
-
 def training_flops(config: ModelConfig, document_lengths: Sequence[int]) -> float:
     """Model FLOPs of forward and backward over these documents, recomputation not counted.
 

@@ -20,6 +20,11 @@ def test_readme_figures_are_as_measured():
     saved = re.search(r"at ([\d,]+) tokens is ([\d.]+)% smaller", README)
     assert rows[int(saved[1].replace(",", ""))] == float(saved[2])
     assert measured["kv_bytes_saved_percent_at_32768"] == float(saved[2])
+    needles = re.search(r"found in (\d+)% of the cases, before in none", README)
+    scores = measured["niah_score"]
+    assert (scores["final"]["32768"], scores["base"]["32768"]) == (float(needles[1]), 0)
+    documents = re.search(r"On (\d+) held-out documents", README)
+    assert measured["perplexity_documents"] == int(documents[1])
     millions = re.search(r"with (\d+)M tokens", README)
     assert round(measured["training_tokens"] / 1e6) == int(millions[1])
 
