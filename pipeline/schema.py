@@ -6,6 +6,18 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+# What of a ModelSection counts something, and so is at least 1.
+DIMENSIONS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "max_positions",
+)
+
 
 @dataclass
 class ModelSection:

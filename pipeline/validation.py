@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
-from pipeline.schema import Config
+from pipeline.schema import DIMENSIONS, Config
 
 STAGES = ("fetch", "data_prep", "convert", "finetune", "export", "evaluate", "report", "generate")
 CHAIN = STAGES[:7]
@@ -60,16 +60,7 @@ def _check_names(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     model = config.model
-    for key in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "vocab_size",
-        "max_positions",
-    ):
+    for key in DIMENSIONS:
         _at_least(config, f"model.{key}", 1)
     if model.num_heads % model.num_kv_heads:
         _refuse(

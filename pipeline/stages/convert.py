@@ -21,20 +21,10 @@ from model.mapping import (
 )
 from model.weights import DTYPES, WeightFolder, write_weights
 from pipeline.manifest import StageContext, StageError
-from pipeline.schema import Config, ModelSection
+from pipeline.schema import DIMENSIONS, Config, ModelSection
 
 INPUTS = ("fetch",)
-SHAPE_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "max_positions",
-    "tie_embeddings",
-)
+SHAPE_FIELDS = (*DIMENSIONS, "tie_embeddings")
 
 
 def depends_on(config: Config) -> dict[str, Any]:
