@@ -1,6 +1,6 @@
 """The trained model: megatron-core's GPTModel with the hybrid's layers, RoPE and loss.
 
-Shapes: B rows of the micro-batch, S row length.
+Shapes: B rows of the micro-batch, S row length, or this rank's share of it under Ulysses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .config import ModelConfig
 from .layer_spec import DocumentRope, hybrid_layer_specs
 from .loss import LossOutputLayer
 from .rope import inverse_frequencies
+from .sharding import padded_vocab
 
 
 def transformer_config(
@@ -25,8 +26,13 @@ def transformer_config(
     ulysses: int = 1,
     sequence_parallel: bool = False,
     recompute: bool = False,
+    initialize: bool = True,
 ) -> TransformerConfig:
-    """Megatron's configuration of a Llama; every fusion that needs apex or TE is off."""
+    """Megatron's configuration of a Llama; every fusion that needs apex or TE is off.
+
+    Args:
+        initialize: draw random weights; without, they are whatever memory holds, to be filled.
+    """
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -48,6 +54,7 @@ def transformer_config(
         context_parallel_size=ulysses,
         sequence_parallel=sequence_parallel,
         use_cpu_initialization=True,
+        perform_initialization=initialize,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -64,11 +71,10 @@ class HybridGPT(GPTModel):
     """GPTModel over packed rows: forward(tokens, positions, cu_seqlens, labels) -> losses."""
 
     def __init__(self, config: ModelConfig, megatron: TransformerConfig, row_length: int) -> None:
-        padded_vocab = -(-config.vocab_size // megatron.tensor_model_parallel_size)
         super().__init__(
             config=megatron,
             transformer_layer_spec=hybrid_layer_specs(config),
-            vocab_size=padded_vocab * megatron.tensor_model_parallel_size,
+            vocab_size=padded_vocab(config.vocab_size, megatron.tensor_model_parallel_size),
             max_sequence_length=row_length,
             share_embeddings_and_output_weights=config.tie_embeddings,
             position_embedding_type="rope",
@@ -77,6 +83,11 @@ class HybridGPT(GPTModel):
             inverse_frequencies(config.head_dim, config.rope),
             inverse_frequencies(config.head_dim, config.sparse_rope),
         )
+        for parameter in self.parameters():
+            # Megatron marks sharded weights while it initializes them. Without the mark a gradient
+            # norm would count one rank's shards alone.
+            if parameter.dim() > 1:
+                parameter.tensor_model_parallel = True
         # GPTModel builds the output layer itself; this one differs in its forward alone.
         self.output_layer.__class__ = LossOutputLayer
         self.output_layer.valid_vocab = config.vocab_size
@@ -92,7 +103,7 @@ class HybridGPT(GPTModel):
 
         Args:
             positions_BS: int64, each token's position within its document.
-            cu_seqlens: int32 on the host, documents of all rows one after another, 0 to B * S.
+            cu_seqlens: int32 on the host, documents of all whole rows one after another, from 0.
             labels_BS: int64, model.loss.IGNORED where there is nothing to predict.
         """
         self.rotary_pos_emb.set_positions(positions_BS)

@@ -1,7 +1,7 @@
-"""Hugging Face's Llama tensors <-> Megatron's, one at a time, and their tensor-parallel shards.
+"""Hugging Face's Llama tensors <-> Megatron's, one at a time.
 
 Dimension letters: G KV heads, Q query heads per KV head, H head dim, D hidden size, F ffn size,
-V vocabulary, R tensor-parallel size. Weights are [out, in], as torch.nn.Linear keeps them.
+V vocabulary. Weights are [out, in], as torch.nn.Linear keeps them.
 
 Both transformers and megatron-core rotate halves of a head in RoPE, so that no row moves within a
 head. Megatron's names and forms here are those of a model without tensor parallelism (TP=1).
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from model.config import ModelConfig
 from model.rope import ROPE_TYPES
@@ -129,80 +128,15 @@ def split(name: str, tensor: torch.Tensor, config: ModelConfig) -> dict[str, tor
     return dict(zip(sources, (part.contiguous() for part in parts), strict=True))
 
 
-def padded_vocab(vocab_size: int, size: int) -> int:
-    """Rows of the embedding under tensor parallelism: the next multiple of `size`."""
-    return -(-vocab_size // size) * size
-
-
-def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that does not divide the model.
+def megatron_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+    """Shape of the Megatron tensor `name` in its TP=1 form.
 
     Raises:
-        MappingError: where KV heads or the ffn size are no multiple of `size`.
+        MappingError: on an unknown name.
     """
-    for field, value in (
-        ("KV heads", config.num_kv_heads),
-        ("ffn_hidden_size", config.ffn_hidden_size),
-    ):
-        if size < 1 or value % size:
-            legal = [r for r in range(1, value + 1) if value % r == 0][:12]
-            raise MappingError(
-                f"tensor parallel size {size}: {field} ({value}) must be a multiple of it, such as "
-                f"{legal}; set parallel.tensor"
-            )
-
-
-def tp_shard(
-    name: str, tensor: torch.Tensor, rank: int, size: int, config: ModelConfig
-) -> torch.Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of the Megatron tensor `name` (TP=1 form).
-
-    linear_qkv: the rank's KV groups. linear_fc1: [gate_r; up_r]. linear_proj and linear_fc2: the
-    rank's columns. Embedding and output: the rank's rows, zeros beyond the vocabulary. Norms:
-    whole.
-
-    Raises:
-        MappingError: on an unknown name, a wrong shape, a size that does not divide the model or a
-            rank outside it.
-    """
-    check_tensor_parallel(config, size)
-    if not 0 <= rank < size:
-        raise MappingError(f"tensor parallel rank {rank}: must be from 0 to {size - 1}")
-    _check_shape(name, tensor, config)
-    if "norm" in name:
-        return tensor
-    if name in (EMBEDDING, OUTPUT):
-        extra = padded_vocab(config.vocab_size, size) - config.vocab_size
-        return pad(tensor, (0, 0, 0, extra)).chunk(size)[rank].contiguous()
-    if "linear_fc1" in name:
-        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
-    return tensor.chunk(size, dim=_tp_dim(name))[rank].contiguous()
-
-
-def tp_unshard(name: str, shards: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-    """The Megatron tensor `name` in its TP=1 form of all ranks' shards: the inverse of `tp_shard`.
-
-    Raises:
-        MappingError: on an unknown name, shards of a wrong shape, or norm replicas that differ.
-    """
-    _sources(name, config)
-    check_tensor_parallel(config, len(shards))
-    if "norm" in name:
-        if not all(torch.equal(shards[0], shard) for shard in shards[1:]):
-            raise MappingError(
-                f"{name}: its {len(shards)} tensor-parallel replicas differ; they must be equal: "
-                "their gradients were not summed over the ranks; train again"
-            )
-        whole = shards[0]
-    elif name in (EMBEDDING, OUTPUT):
-        whole = torch.cat(list(shards))[: config.vocab_size]
-    elif "linear_fc1" in name:
-        halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        whole = torch.cat([part for half in halves for part in half])
-    else:
-        whole = torch.cat(list(shards), dim=_tp_dim(name))
-    _check_shape(name, whole, config)
-    return whole
+    shapes = hf_shapes(config)
+    parts = [shapes[source] for source in _sources(name, config)]
+    return (sum(shape[0] for shape in parts), *parts[0][1:])
 
 
 def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
@@ -299,15 +233,9 @@ def _sources(name: str, config: ModelConfig) -> tuple[str, ...]:
 
 
 def _check_shape(name: str, tensor: torch.Tensor, config: ModelConfig) -> None:
-    shapes = hf_shapes(config)
-    parts = [shapes[source] for source in _sources(name, config)]
-    expected = (sum(shape[0] for shape in parts), *parts[0][1:])
+    expected = megatron_shape(name, config)
     if tuple(tensor.shape) != expected:
         raise MappingError(
             f"{name}: shape {tuple(tensor.shape)}; must be {expected}; check that the weights "
             "belong to this model"
         )
-
-
-def _tp_dim(name: str) -> int:
-    return 1 if "linear_proj" in name or "linear_fc2" in name else 0

@@ -87,10 +87,13 @@ class WeightFolder:
             return DTYPES.get(handle[name].dtype, str(handle[name].dtype))
         return handle.get_slice(name).get_dtype()
 
-    def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the CPU, in the dtype that it is stored in."""
+    def read(self, name: str, within: tuple[slice, ...] = (slice(None),)) -> torch.Tensor:
+        """Tensor `name`, or what is `within` it, on the CPU, in the dtype that it is stored in.
+
+        Only what is asked for is read from the file.
+        """
         handle = self._handle(self.file_of(name))
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return handle[name][within] if isinstance(handle, dict) else handle.get_slice(name)[within]
 
     def _handle(self, path: Path) -> object:
         """The opened file: one at a time, so that a large model passes through little RAM."""

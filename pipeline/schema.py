@@ -121,7 +121,10 @@ class DataSection:
 
 @dataclass
 class ParallelSection:
-    """conf/parallel: how the world is divided. data-parallel size = world / (tensor * ulysses)."""
+    """conf/parallel: how the world is divided. data-parallel size = world / (tensor * ulysses).
+
+    restarts: how often run.py starts its workers again, from the last checkpoint, after one died.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 1
@@ -130,11 +133,19 @@ class ParallelSection:
     ulysses: int = 1
     zero_stage: int = 1
     optimizer_offload: bool = False
+    restarts: int = 3
 
 
 @dataclass
 class TrainSection:
-    """conf/train: optimisation. Sizes in rows of data.seq_length tokens."""
+    """conf/train: optimisation. Sizes in rows of data.seq_length tokens.
+
+    weights_from: the finetune folder of another run, whose newest weights replace the converted
+    ones. non_finite: stop, or skip the step. spike_sigmas: skip a step whose loss or gradient norm
+    is more standard deviations above the mean of the last spike_window steps; null: none.
+    save_background: copy to host memory, then write while training goes on. hang_seconds: without
+    progress for so long the watchdog ends the run; 0: never.
+    """
 
     steps: int = 100
     rows_per_step: int = 8
@@ -158,6 +169,12 @@ class TrainSection:
     position_bucket: int = 2048
     save_every: int = 50
     keep_last: int = 2
+    save_background: bool = True
+    weights_from: str | None = None
+    non_finite: str = "stop"
+    spike_sigmas: float | None = None
+    spike_window: int = 128
+    hang_seconds: float = 1800
 
 
 @dataclass

@@ -117,7 +117,8 @@ def _check_parallel(config: Config) -> None:
     parallel, model, train = config.parallel, config.model, config.train
     for key in ("nodes", "gpus_per_node", "tensor", "ulysses"):
         _at_least(config, f"parallel.{key}", 1)
-    _choice(config, "parallel.zero_stage", (1, 2))
+    _choice(config, "parallel.zero_stage", (1, 2, 3))
+    _at_least(config, "parallel.restarts", 0)
     world, ranks = parallel.nodes * parallel.gpus_per_node, parallel.tensor * parallel.ulysses
     if world % ranks:
         _refuse(
@@ -139,6 +140,15 @@ def _check_parallel(config: Config) -> None:
             parallel.tensor,
             f"must divide model.num_kv_heads={model.num_kv_heads}",
             "lower parallel.tensor and raise parallel.ulysses",
+        )
+    kv_heads = model.num_kv_heads // parallel.tensor
+    if kv_heads % parallel.ulysses and parallel.ulysses % kv_heads:
+        _refuse(
+            "parallel.ulysses",
+            parallel.ulysses,
+            f"must divide, or be a multiple of, the {kv_heads} KV heads of a tensor-parallel rank, "
+            "so that each rank attends with whole KV heads",
+            "change parallel.ulysses or parallel.tensor",
         )
     shards = parallel.ulysses * (parallel.tensor if parallel.sequence_parallel else 1)
     if config.data.seq_length % shards:
@@ -178,11 +188,12 @@ def _check_train(config: Config) -> None:
         "position_bucket",
         "save_every",
         "keep_last",
+        "spike_window",
     ):
         _at_least(config, f"train.{key}", 1)
-    for key in ("lr", "clip", "adam_eps"):
+    for key in ("lr", "clip", "adam_eps", "spike_sigmas"):
         _at_least(config, f"train.{key}", 0, above=True)
-    for key in ("warmup_steps", "weight_decay", "min_lr_ratio", "seed"):
+    for key in ("warmup_steps", "weight_decay", "min_lr_ratio", "seed", "hang_seconds"):
         _at_least(config, f"train.{key}", 0)
     if train.min_lr_ratio > 1:
         _refuse("train.min_lr_ratio", train.min_lr_ratio, "must be at most 1", "set it")
@@ -191,6 +202,7 @@ def _check_train(config: Config) -> None:
     _choice(config, "train.lr_schedule", ("constant", "cosine"))
     _choice(config, "train.precision", ("bf16", "fp32"))
     _choice(config, "train.recompute", ("none", "full"))
+    _choice(config, "train.non_finite", ("stop", "skip"))
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         _refuse("train.betas", train.betas, "must be two numbers from 0 to below 1", "set them")
     _choice(config, "wandb.mode", ("auto", "online", "offline", "disabled"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,14 +14,23 @@ from model.config import ModelConfig, describe_schedule, resolve_schedule
 from model.weights import WeightFolder
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
-from pipeline.training import checkpoint
 from pipeline.training.layout import Layout
 from pipeline.training.metrics import Metrics
 
 INPUTS = ("data_prep", "convert")
 RESUMABLE = True
-# What says how often to speak, look or save, and does not change the weights.
-NOT_THE_RESULT = ("log_every", "validate_every", "save_every", "keep_last")
+DISTRIBUTED = True
+# What says how often to speak, look or save, or how memory is spent, and does not change the maths.
+NOT_THE_RESULT = (
+    "log_every",
+    "validate_every",
+    "save_every",
+    "keep_last",
+    "save_background",
+    "hang_seconds",
+    "micro_batch_rows",
+    "recompute",
+)
 
 
 def depends_on(config: Config) -> dict[str, Any]:
@@ -63,20 +73,26 @@ def run(context: StageContext) -> dict[str, Any]:
     _deterministic(config.train)
     layout = Layout(config.parallel, torch.device(config.device))
     # megatron-core and DeepSpeed may be imported only once the layout stands.
-    from deepspeed.utils import safe_set_full_fp32_param
-
     from data_prep.shards import PackedRows
     from model.gpt import HybridGPT, transformer_config
+    from pipeline.training.checkpoint import (
+        Checkpointer,
+        Progress,
+        fill_masters,
+        weights_reader,
+    )
     from pipeline.training.engine import build_engine
     from pipeline.training.loader import Loader
-    from pipeline.training.loop import Trainer
+    from pipeline.training.loop import TRIGGER, Trainer
 
     train = config.train
     torch.manual_seed(train.seed)
     source = ModelConfig.load(context.folder("convert") / "model.json")
     shape = hybrid_config(source, config)
-    shape.save(out / "model.json")
+    if layout.rank == 0:
+        shape.save(out / "model.json")
     log.info("layers %s, pattern %s", describe_schedule(shape.is_full), shape.pattern)
+    log.info("to save and stop: touch %s", out / TRIGGER)
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     megatron = transformer_config(
         shape,
@@ -85,46 +101,55 @@ def run(context: StageContext) -> dict[str, Any]:
         ulysses=config.parallel.ulysses,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=train.recompute == "full",
+        initialize=False,
     )
-    model = HybridGPT(shape, megatron, config.data.seq_length)
-    parameters = dict(model.named_parameters())
+    model = HybridGPT(shape, megatron, config.data.seq_length).to(layout.device)
     weights = WeightFolder(context.folder("convert"))
-    odd = sorted(parameters.keys() ^ set(weights))
+    odd = sorted({name for name, _ in model.named_parameters()} ^ set(weights))
     if odd:
         raise StageError(
             f"{weights.folder}: {odd[0]} and {len(odd) - 1} other tensors are in the model or in "
             "the weights alone; they must be the same; run stage=convert force=true"
         )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(weights.read(name))
-    model.to(layout.device)
     engine = build_engine(model, train, config.parallel, layout)
-    # Weights stored more finely than they train keep their bits in the masters.
-    for name, parameter in parameters.items():
-        master = weights.read(name).to(layout.device, torch.float32)
-        safe_set_full_fp32_param(parameter, master)
+    checkpointer = Checkpointer(
+        engine,
+        shape,
+        layout,
+        out / "checkpoints",
+        keep_last=train.keep_last,
+        background=train.save_background,
+    )
+    start = checkpointer.load()
+    if start:
+        log.info("continuing from step %d", start.step)
+    elif train.weights_from:
+        fill_masters(engine, shape, layout, weights_reader(Path(train.weights_from), shape))
+    else:
+        fill_masters(engine, shape, layout, weights.read)
     rows = PackedRows(context.folder("data_prep") / "train")
     held_out = PackedRows(context.folder("data_prep") / "held_out")
-    found = checkpoint.newest(out / "checkpoints")
-    start = checkpoint.load(engine, found) if found else None
-    if found:
-        log.info("continuing from %s", found.name)
-    name = f"{config.name}/{config.variant}"
-    metrics = Metrics(out, config.wandb, name, asdict(config), start)
+    metrics = None
+    if layout.rank == 0:
+        name = f"{config.name}/{config.variant}"
+        metrics = Metrics(out, config.wandb, name, asdict(config), start)
     loader = Loader(
         rows,
         rows_per_step=train.rows_per_step,
         micro_batch_rows=train.micro_batch_rows,
         seed=train.seed,
         document_mask=train.document_mask,
-        rank=layout.data_parallel_rank,
-        size=layout.data_parallel_size,
+        rank=layout.rows_rank,
+        size=layout.rows_size,
+        ulysses_rank=layout.ulysses_rank,
+        ulysses_size=layout.ulysses_size,
     )
-    trainer = Trainer(engine, layout, shape, train, loader, held_out, metrics, out)
+    trainer = Trainer(engine, layout, shape, train, loader, held_out, metrics, checkpointer, out)
     try:
-        trainer.run(start or checkpoint.Progress(0, 0))
+        trainer.run(start or Progress(0, 0))
     finally:
-        metrics.close()
+        if metrics:
+            metrics.close()
         torch.use_deterministic_algorithms(False)
     return {
         "steps": train.steps,

@@ -1,158 +1,406 @@
 """Checkpoints by parameter name: fp32 masters, both Adam moments, and where the run stood.
 
-A checkpoint is a folder `step_NNNNNN` in torch.distributed.checkpoint's format, written under
-another name and renamed when whole; `latest` names the newest. The weights that train are the
-masters cast to the training dtype, so they are not stored twice. Learning rate and data order are
-functions of the step, and the step draws no random number beyond the stored generator state.
+A checkpoint is a folder `step_NNNNNN`, written under another name and renamed when whole; `latest`
+names the newest. It holds whole tensors under Megatron's names (TP=1 form), whatever the layout of
+the run that wrote it. The weights that train are the masters cast to the training dtype, so they
+are not stored twice. Learning rate and data order are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+import torch.distributed as dist
 
+from model.config import ModelConfig
+from model.mapping import megatron_shape, megatron_to_hf_names
+from model.sharding import fragment_blocks, shard_blocks
 from pipeline.manifest import StageError
+from pipeline.training.engine import (
+    MOMENTS,
+    adam_step,
+    fragments,
+    refresh_weights,
+    set_adam_step,
+)
+from pipeline.training.layout import Layout
+from pipeline.training.shard_store import (
+    Piece,
+    faults,
+    read_pieces,
+    stored_shapes,
+    write_pieces,
+)
+
+log = logging.getLogger("longgen.training")
 
 LATEST = "latest"
 PROGRESS = "progress.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps, rows consumed (the loader's state), its W&B id."""
+    """Where a run stands: optimizer steps, rows consumed (the loader's state), its W&B id.
+
+    guard: StepGuard's state, from which the steps to skip follow.
+    """
 
     step: int
     rows_consumed: int
     wandb_id: str | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
-def _inner_optimizer(engine):
-    """torch's AdamW inside DeepSpeed's ZeRO or bf16 optimizer."""
-    return engine.optimizer.optimizer
+def engine_pieces(
+    engine, config: ModelConfig, layout: Layout, kinds: tuple[str, ...] = ("master", *MOMENTS)
+) -> Iterator[Piece]:
+    """What this rank's optimizer holds, as blocks of the whole tensors "KIND.NAME".
 
-
-def _adam_step(engine) -> torch.Tensor | None:
-    states = _inner_optimizer(engine).state.values()
-    return next((state["step"] for state in states if "step" in state), None)
-
-
-def _allocate_moments(engine, step: float) -> None:
-    """Give the optimizer its state before its first step, so that it can be filled by name."""
-    inner = _inner_optimizer(engine)
-    for group in inner.param_groups:
-        on_device = bool(group.get("fused") or group.get("capturable"))
-        for flat in group["params"]:
-            device = flat.device if on_device else "cpu"
-            inner.state[flat] = {
-                "step": torch.tensor(float(step), dtype=torch.float32, device=device),
-                **{name: torch.zeros_like(flat) for name in MOMENTS},
-            }
-    _link_moments(engine)
-
-
-def _link_moments(engine) -> None:
-    """Let the moments be reached by parameter.
-
-    DeepSpeed 0.19 does so once, after the first parameter group's first step, when the other groups
-    have none yet.
+    The tensors are views: what is written into them is in the optimizer.
     """
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    rank, size = layout.get_tensor_model_parallel_rank(), layout.tensor_size
+    for part in fragments(engine):
+        whole = megatron_shape(part.name, config)
+        blocks = shard_blocks(part.name, config, rank, size)
+        for block in fragment_blocks(blocks, part.start, part.stop):
+            count = torch.Size(block.sizes).numel()
+            for kind in kinds:
+                view = part.states[kind][block.start : block.start + count].view(block.sizes)
+                yield Piece(f"{kind}.{part.name}", whole, block.offsets, view)
 
 
-def save(engine, folder: Path, progress: Progress, keep_last: int) -> Path:
-    """Write `folder`/step_NNNNNN, point `latest` at it and drop all but the newest `keep_last`.
+def _generators(layout: Layout) -> dict[str, torch.Generator]:
+    found = {"rng.cpu": torch.default_generator}
+    if layout.device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.default_generators[layout.device.index]
+    return found
+
+
+@torch.no_grad()
+def fill_masters(
+    engine,
+    config: ModelConfig,
+    layout: Layout,
+    read: Callable[[str, tuple[slice, ...]], torch.Tensor],
+) -> None:
+    """Set masters and weights from `read(name, within)`, which gives blocks of whole tensors."""
+    for part in fragments(engine):
+        # What pads the vocabulary is in no block.
+        part.states["master"].zero_()
+    for piece in engine_pieces(engine, config, layout, kinds=("master",)):
+        bounds = zip(piece.offsets, piece.tensor.shape, strict=True)
+        within = tuple(slice(first, first + count) for first, count in bounds)
+        piece.tensor.copy_(read(piece.name.removeprefix("master."), within))
+    refresh_weights(engine)
+
+
+class Checkpointer:
+    """Saves and restores an engine's state in `folder`; every rank calls every method."""
+
+    def __init__(
+        self,
+        engine,
+        config: ModelConfig,
+        layout: Layout,
+        folder: Path,
+        *,
+        keep_last: int,
+        background: bool,
+    ) -> None:
+        """`background`: copy to host memory and write while training goes on."""
+        self.engine, self.config, self.layout = engine, config, layout
+        self.folder, self.keep_last, self.background = folder, keep_last, background
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[float] | None = None
+        # Host copies of the optimizer's storages, kept from save to save: pinning takes long.
+        self._host: dict[int, torch.Tensor] = {}
+
+    def save(self, progress: Progress) -> float:
+        """Write `folder`/step_NNNNNN; seconds for which training stood still.
+
+        A save that is still being written is waited for.
+
+        Raises:
+            StageError: where this save (or, in the background, the one before) failed; what was
+                written of it is removed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        pieces = list(self._to_write())
+        stored = {**asdict(progress), "adam_step": adam_step(self.engine)}
+        if self.background:
+            pieces = self._copied(pieces)
+            self._pending = self._writer.submit(self._write, pieces, stored)
+        else:
+            self._write(pieces, stored)
+        return time.perf_counter() - started
+
+    def wait(self) -> float:
+        """Seconds that the writing of the last save took; returns when it is whole.
+
+        Raises:
+            StageError: where it failed.
+        """
+        pending, self._pending = self._pending, None
+        return pending.result() if pending else 0.0
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def load(self) -> Progress | None:
+        """Restore the newest whole checkpoint; None where there is none at all.
+
+        Raises:
+            StageError: where there are checkpoints, and none is whole.
+        """
+        group = self.layout.host_group
+        names = [[path.name for path in candidates(self.folder)]]
+        dist.broadcast_object_list(names, src=0, group=group)
+        if self.layout.rank == 0:
+            for left in self.folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for name in names[0]:
+            found: list[list[str]] = [[]] * group.size()
+            mine = list(faults(self.folder / name, group.rank(), group.size()))
+            dist.all_gather_object(found, mine, group=group)
+            wrong = [fault for each in found for fault in each]
+            if not wrong:
+                return self._restore(self.folder / name)
+            _say_damaged(self.folder / name, wrong)
+        if names[0]:
+            raise _all_damaged(self.folder)
+        return None
+
+    @torch.no_grad()
+    def _restore(self, checkpoint: Path) -> Progress:
+        stored = json.loads((checkpoint / PROGRESS).read_text())
+        for part in fragments(self.engine):
+            for state in part.states.values():
+                state.zero_()
+        pieces = list(engine_pieces(self.engine, self.config, self.layout))
+        generators = _generators(self.layout)
+        shapes = stored_shapes(checkpoint)
+        states = {
+            name: torch.empty(shapes[name], dtype=torch.uint8)
+            for name in generators.keys() & shapes.keys()
+        }
+        pieces += [Piece(name, tuple(s.shape), (0,), s) for name, s in states.items()]
+        try:
+            read_pieces(checkpoint, pieces, self.layout.host_group)
+        except ValueError as error:
+            raise StageError(
+                f"{checkpoint}: {error}; choose variant=NAME for another model, or force=true"
+            ) from error
+        for name, state in states.items():
+            generators[name].set_state(state)
+        set_adam_step(self.engine, stored.pop("adam_step"))
+        refresh_weights(self.engine)
+        return Progress(**stored)
+
+    def _to_write(self) -> Iterator[Piece]:
+        first = self.layout.get_tensor_model_parallel_rank() == 0
+        for piece in engine_pieces(self.engine, self.config, self.layout):
+            # Every tensor-parallel rank holds the norms.
+            if first or "norm" not in piece.name:
+                yield piece
+        if self.layout.rank == 0:
+            for name, generator in _generators(self.layout).items():
+                state = generator.get_state()
+                yield Piece(name, tuple(state.shape), (0,), state)
+
+    def _copied(self, pieces: list[Piece]) -> list[Piece]:
+        """The same pieces of host copies: storage by storage, few large transfers."""
+        on_gpu = self.layout.device.type == "cuda"
+        host = {}
+        copied = []
+        for piece in pieces:
+            storage = piece.tensor.untyped_storage()
+            key = storage.data_ptr()
+            if key not in host:
+                source = piece.tensor.new_empty(0).set_(storage)
+                kept = self._host.get(key)
+                if kept is None or kept.shape != source.shape or kept.dtype != source.dtype:
+                    kept = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu)
+                host[key] = kept.copy_(source, non_blocking=True)
+            copy = host[key].as_strided(
+                piece.tensor.shape, piece.tensor.stride(), piece.tensor.storage_offset()
+            )
+            copied.append(Piece(piece.name, piece.whole, piece.offsets, copy))
+        self._host = host
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copied
+
+    def _write(self, pieces: list[Piece], stored: dict[str, Any]) -> float:
+        """Write, check, rename; seconds. Runs on all ranks at once, in their writer threads."""
+        started = time.perf_counter()
+        group, lead = self.layout.checkpoint_group, self.layout.rank == 0
+        final = self.folder / f"step_{stored['step']:06d}"
+        partial = final.with_name(final.name + PARTIAL)
+        text = json.dumps(stored) + "\n"
+        _together(group, lead, lambda: _begin(partial, text), final)
+        try:
+            write_pieces(partial, pieces, group)
+        except OSError as error:
+            if lead:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise _not_written(final, str(error)) from error
+        _together(group, lead, lambda: self._publish(partial, final), final)
+        seconds = time.perf_counter() - started
+        if lead:
+            log.info("saved %s in %.1f s", final.name, seconds)
+        return seconds
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        try:
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
+            pointer = self.folder / f"{LATEST}{PARTIAL}"
+            _write_synced(pointer, final.name + "\n")
+            pointer.replace(self.folder / LATEST)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in sorted(self.folder.glob("step_??????"))[: -self.keep_last]:
+            _remove(old)
+
+
+def _together(
+    group: dist.ProcessGroup, lead: bool, action: Callable[[], None], final: Path
+) -> None:
+    """The lead acts; where it could not, every rank raises the same StageError."""
+    failure: list[str | None] = [None]
+    if lead:
+        try:
+            action()
+        except OSError as error:
+            failure[0] = str(error)
+    dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise _not_written(final, failure[0])
+
+
+def _not_written(final: Path, cause: str) -> StageError:
+    return StageError(
+        f"{final}: the checkpoint could not be written ({cause}); free space or set outputs to "
+        "another disk, and run the same command again"
+    )
+
+
+def _begin(folder: Path, progress: str) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    _write_synced(folder / PROGRESS, progress)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: what is half removed is no checkpoint."""
+    going = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
+    shutil.rmtree(going, ignore_errors=True)
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in the order to try them: the one that `latest` names, then older ones."""
+    found = sorted((path for path in folder.glob("step_??????")), reverse=True)
+    pointer = folder / LATEST
+    newest = pointer.read_text().strip() if pointer.exists() else ""
+    return [path for path in found if path.name <= newest or not (folder / newest).is_dir()]
+
+
+def _say_damaged(checkpoint: Path, wrong: list[str]) -> None:
+    log.warning(
+        "%s is damaged and left out (%s%s); trying the one before",
+        checkpoint,
+        wrong[0],
+        f" and {len(wrong) - 1} more" if len(wrong) > 1 else "",
+    )
+
+
+def _all_damaged(folder: Path) -> StageError:
+    return StageError(
+        f"{folder}: every checkpoint is damaged; restore one from a copy, or start again with "
+        "force=true"
+    )
+
+
+def newest(finetune: Path) -> Path:
+    """The newest whole checkpoint of a finetune folder, for a reader alone.
 
     Raises:
-        StageError: where the disk is full; what was written of this checkpoint is removed.
+        StageError: where there is none.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    _link_moments(engine)
-    state: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
-    for name, parameter in engine.module.named_parameters():
-        state[f"master.{name}"] = safe_get_full_fp32_param(parameter)
-        for moment in MOMENTS:
-            state[f"{moment}.{name}"] = safe_get_full_optimizer_state(parameter, moment)
-    final = folder / f"step_{progress.step:06d}"
-    partial = folder / f"{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        dcp.save(state, storage_writer=FileSystemWriter(partial))
-        stored = {**asdict(progress), "adam_step": float(_adam_step(engine))}
-        (partial / PROGRESS).write_text(json.dumps(stored) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        pointer = folder / f"{LATEST}.partial"
-        pointer.write_text(final.name + "\n")
-        pointer.replace(folder / LATEST)
-    except (OSError, dcp.api.CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # What torch.distributed.checkpoint raises carries each rank's traceback.
-        failures = getattr(error, "failures", None) or {0: (error, None)}
-        cause = str(next(iter(failures.values()))[0]).splitlines()[0]
-        raise StageError(
-            f"{final}: the checkpoint could not be written ({cause}); free space or set outputs to "
-            "another disk, and run the same command again"
-        ) from error
-    for old in sorted(folder.glob("step_??????"))[:-keep_last]:
-        shutil.rmtree(old)
-    return final
+    folder = finetune / "checkpoints"
+    found = candidates(folder)
+    if not found:
+        raise StageError(f"{finetune}: holds no checkpoint; run stage=finetune first")
+    for checkpoint in found:
+        wrong = list(faults(checkpoint))
+        if not wrong:
+            return checkpoint
+        _say_damaged(checkpoint, wrong)
+    raise _all_damaged(folder)
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names; None where there is none."""
-    pointer = folder / LATEST
-    return folder / pointer.read_text().strip() if pointer.exists() else None
-
-
-def load(engine, checkpoint: Path) -> Progress:
-    """Restore masters, moments and weights into the engine; the exact state that `save` saw."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    stored = json.loads((checkpoint / PROGRESS).read_text())
-    _allocate_moments(engine, stored.pop("adam_step"))
-    kinds = ("master", *MOMENTS)
-    named = list(engine.module.named_parameters())
-    state: dict[str, torch.Tensor] = {
-        f"{kind}.{name}": torch.empty(parameter.shape, dtype=torch.float32)
-        for name, parameter in named
-        for kind in kinds
-    }
-    state["rng"] = torch.get_rng_state()
-    dcp.load(state, storage_reader=FileSystemReader(checkpoint))
-    for name, parameter in named:
-        master = state[f"master.{name}"].to(parameter.device)
-        safe_set_full_fp32_param(parameter, master)
-        parameter.data.copy_(master)
-        for moment in MOMENTS:
-            value = state[f"{moment}.{name}"].to(parameter.device)
-            safe_set_full_optimizer_state(parameter, value, moment)
-    torch.set_rng_state(state["rng"])
-    return Progress(**stored)
-
-
-def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron name, fp32 master) of the newest checkpoint of a finetune folder, one by one."""
-    checkpoint = newest(folder / "checkpoints")
-    if checkpoint is None:
-        raise StageError(f"{folder}: holds no checkpoint; run stage=finetune first")
-    reader = FileSystemReader(checkpoint)
-    for key, found in reader.read_metadata().state_dict_metadata.items():
+def read_weights(finetune: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Megatron name, fp32 master) of the newest whole checkpoint, one tensor in memory each."""
+    checkpoint = newest(finetune)
+    for key, shape in stored_shapes(checkpoint).items():
         kind, _, name = key.partition(".")
         if kind == "master":
-            state = {key: torch.empty(found.size, dtype=found.properties.dtype)}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(state, storage_reader=reader, no_dist=True)
-            yield name, state[key]
+            whole = torch.empty(shape)
+            read_pieces(checkpoint, [Piece(key, shape, (0,) * len(shape), whole)])
+            yield name, whole
+
+
+def weights_reader(
+    finetune: Path, config: ModelConfig
+) -> Callable[[str, tuple[slice, ...]], torch.Tensor]:
+    """What `fill_masters` reads another run's newest weights with, block by block.
+
+    Raises:
+        StageError: where they are another model's.
+    """
+    checkpoint = newest(finetune)
+    shapes = stored_shapes(checkpoint)
+    for name in megatron_to_hf_names(config):
+        stored, wanted = shapes.get(f"master.{name}"), megatron_shape(name, config)
+        if stored != wanted:
+            raise StageError(
+                f"{checkpoint}: {name} is {stored or 'absent'}; must be of shape {wanted}: it is "
+                "another model's; set train.weights_from to a run of this one"
+            )
+
+    def read(name: str, within: tuple[slice, ...]) -> torch.Tensor:
+        block = torch.empty([part.stop - part.start for part in within])
+        offsets = tuple(part.start for part in within)
+        key = f"master.{name}"
+        read_pieces(checkpoint, [Piece(key, shapes[key], offsets, block)])
+        return block
+
+    return read

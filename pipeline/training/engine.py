@@ -6,11 +6,20 @@ import contextlib
 import io
 import logging
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from pipeline.schema import ParallelSection, TrainSection
 from pipeline.training.layout import Layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's defaults, in elements: what ZeRO reduces at once, and the size up to which ZeRO 3
+# keeps a parameter whole on every rank.
+REDUCE_BUCKET = 500_000_000
+ZERO3_KEPT_WHOLE = 100_000
 
 
 def learning_rate(train: TrainSection, step: int) -> float:
@@ -32,6 +41,36 @@ def accumulation_steps(train: TrainSection, data_parallel_size: int) -> int:
     return train.rows_per_step // (data_parallel_size * train.micro_batch_rows)
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that leaves parameters, moments and its step count as they are where it is refused.
+
+    `refuses` is asked when the gradients, and so their norm, are known.
+    """
+
+    refuses: Callable[[], bool] = staticmethod(lambda: False)
+
+    def step(self, closure=None):
+        """One update, or none."""
+        return None if self.refuses() else super().step(closure)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank's optimizer holds of a parameter: a run of its flattened shard.
+
+    `states` are views of fp32 tensors [elements]: "master" and Adam's moments.
+    """
+
+    name: str
+    start: int
+    states: dict[str, torch.Tensor]
+
+    @property
+    def stop(self) -> int:
+        """One beyond the last element of the shard that it holds."""
+        return self.start + self.states["master"].numel()
+
+
 def build_engine(
     model: torch.nn.Module, train: TrainSection, parallel: ParallelSection, layout: Layout
 ):
@@ -42,10 +81,12 @@ def build_engine(
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
 
-    deepspeed_logger.setLevel(logging.WARNING)
+    # It warns of every optimizer but its own; that this one is right is tested.
+    deepspeed_logger.setLevel(logging.ERROR)
+    _sum_partial_gradients(model, layout)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
+    optimizer = GuardedAdamW(
         [
             {"params": decayed, "weight_decay": train.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -55,9 +96,10 @@ def build_engine(
         eps=train.adam_eps,
         fused=layout.device.type == "cuda" and not parallel.optimizer_offload,
     )
+    elements = sum(p.numel() for p in model.parameters())
     config = {
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": accumulation_steps(train, layout.data_parallel_size),
+        "gradient_accumulation_steps": accumulation_steps(train, layout.rows_size),
         "gradient_clipping": train.clip,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -65,6 +107,8 @@ def build_engine(
             "stage": parallel.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,
+            "reduce_bucket_size": min(REDUCE_BUCKET, elements),
+            "stage3_param_persistence_threshold": ZERO3_KEPT_WHOLE,
         },
     }
     if train.precision == "bf16":
@@ -79,4 +123,107 @@ def build_engine(
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, mpu=layout
         )
+    _allocate_moments(engine)
     return engine
+
+
+def _sum_partial_gradients(model: torch.nn.Module, layout: Layout) -> None:
+    """Sum over tensor-parallel ranks what each has of a whole parameter's gradient.
+
+    Under sequence parallelism a norm's gradient covers the rank's positions alone; neither
+    DeepSpeed nor Megatron outside its own optimizer sums it.
+    """
+    group = layout.get_tensor_model_parallel_group()
+
+    def summed(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(summed)
+
+
+def inner_optimizer(engine) -> GuardedAdamW:
+    """The AdamW inside DeepSpeed's optimizer."""
+    return engine.optimizer.optimizer
+
+
+def _masters(engine) -> list[torch.Tensor]:
+    """The flat fp32 tensors that AdamW updates, each on this rank alone."""
+    optimizer = engine.optimizer
+    for name in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    raise TypeError(f"{type(optimizer).__name__}: not one of DeepSpeed's ZeRO optimizers")
+
+
+def _allocate_moments(engine) -> None:
+    """Give AdamW its state before its first step, so that a checkpoint can fill it.
+
+    DeepSpeed would link it to the parameters once, after the first parameter group's first step,
+    when the other groups have none.
+    """
+    inner = inner_optimizer(engine)
+    on_device = inner.defaults["fused"]
+    for master in _masters(engine):
+        device = master.device if on_device else "cpu"
+        inner.state[master] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            **{name: torch.zeros_like(master) for name in MOMENTS},
+        }
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def adam_step(engine) -> float:
+    """Updates that AdamW has made."""
+    return float(next(iter(inner_optimizer(engine).state.values()))["step"])
+
+
+def set_adam_step(engine, step: float) -> None:
+    """Tell AdamW how many updates its moments have seen."""
+    for state in inner_optimizer(engine).state.values():
+        state["step"].fill_(step)
+
+
+def fragments(engine) -> Iterator[Fragment]:
+    """What this rank's optimizer holds, parameter by parameter; nothing of some parameters."""
+    optimizer, inner = engine.optimizer, inner_optimizer(engine)
+    for name, parameter in engine.module.named_parameters():
+        if engine.zero_optimization_stage() == 3:
+            group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            master = _masters(engine)[group]
+            flats = {"master": master} | {key: inner.state[master][key] for key in MOMENTS}
+            start = dist.get_rank(optimizer.dp_process_group) * size
+            # The last ranks' parts reach beyond a size that the group does not divide.
+            size = min(size, parameter.ds_numel - start)
+            states = {key: flat[at : at + size] for key, flat in flats.items()}
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            states = {"master": mapping.get_hp_fragment()}
+            states |= {key: mapping.get_hp_fragment(key) for key in MOMENTS}
+        else:
+            continue
+        if size > 0:
+            yield Fragment(name, start, states)
+
+
+@torch.no_grad()
+def refresh_weights(engine) -> None:
+    """Cast the masters to the weights that train, on all ranks."""
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer.update_lp_params()
+        return
+    optimizer = engine.optimizer
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -39,6 +39,7 @@ class Layout:
         """
         megatron_on_cpu.install()
         from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         if "RANK" not in os.environ:
             _stand_alone()
@@ -68,22 +69,52 @@ class Layout:
                 tensor_model_parallel_size=parallel.tensor,
                 context_parallel_size=parallel.ulysses,
             )
+            # Nothing here draws from Megatron's generators, but sequence parallelism asks for them.
+            model_parallel_cuda_manual_seed(0)
         self.state = parallel_state
+        self.rank, self.size = dist.get_rank(), world
+        # Words between the ranks that no collective carries, such as where each one is.
+        self.store = dist.distributed_c10d._get_default_store()
+        # Host memory over gloo: words between the ranks, and checkpoints in the background, which
+        # must not share a group with what runs meanwhile.
+        self.host_group = dist.new_group(backend="gloo")
+        self.checkpoint_group = dist.new_group(backend="gloo")
 
     @property
-    def data_parallel_rank(self) -> int:
-        """This process's share of the rows, among `data_parallel_size`."""
+    def rows_rank(self) -> int:
+        """This process's place among the `rows_size` groups of processes with different rows."""
         return self.state.get_data_parallel_rank()
 
     @property
-    def data_parallel_size(self) -> int:
+    def rows_size(self) -> int:
         """Number of groups of processes that hold different rows."""
         return self.state.get_data_parallel_world_size()
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of processes that share each tensor."""
+        return self.state.get_tensor_model_parallel_world_size()
+
+    @property
+    def ulysses_rank(self) -> int:
+        """Which of `ulysses_size` contiguous shards of its rows this process holds."""
+        return self.state.get_context_parallel_rank()
+
+    @property
+    def ulysses_size(self) -> int:
+        """Number of processes that share a row by its positions."""
+        return self.state.get_context_parallel_world_size()
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Sum over the data-parallel and Ulysses groups, in place."""
         dist.all_reduce(value, group=self.get_data_parallel_group())
         return value
+
+    def largest(self, value: int) -> int:
+        """The largest `value` of all ranks, through the host."""
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(found)
 
     # What DeepSpeed asks of a Megatron mpu, under the names it asks by.
 

@@ -1,6 +1,6 @@
 """Packed rows to batches, in one global order whose whole state is the number of rows consumed.
 
-Shapes: B rows, S row length.
+Shapes: B rows, S row length, U Ulysses size.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ class Batch:
     def lengths(self) -> list[int]:
         """Document lengths as attention sees them, over all rows."""
         return self.cu_seqlens.diff().tolist()
+
+    def shard(self, rank: int, size: int) -> Batch:
+        """The positions of Ulysses rank `rank` of `size`: [B, S / U]; cu_seqlens stays whole."""
+        if size == 1:
+            return self
+        tokens, labels, positions = (
+            x.chunk(size, dim=1)[rank].contiguous()
+            for x in (self.tokens_BS, self.labels_BS, self.positions_BS)
+        )
+        valid = int((labels != IGNORED).sum())
+        return Batch(tokens, labels, positions, self.cu_seqlens, valid)
 
     def to(self, device: torch.device) -> Batch:
         """On `device`, but for cu_seqlens, which the attention reads on the host."""
@@ -88,14 +99,22 @@ class Loader:
         document_mask: bool,
         rank: int = 0,
         size: int = 1,
+        ulysses_rank: int = 0,
+        ulysses_size: int = 1,
     ) -> None:
-        """`rank` of `size`: this process's place among those that read different rows."""
+        """Which rows, and which positions of them, this process reads.
+
+        Args:
+            rank, size: its place among those that read different rows.
+            ulysses_rank, ulysses_size: its place among those that share them by position.
+        """
         self.rows = rows
         self.rows_per_step = rows_per_step
         self.micro_batch_rows = micro_batch_rows
         self.seed = seed
         self.document_mask = document_mask
         self.rank, self.size = rank, size
+        self.ulysses_rank, self.ulysses_size = ulysses_rank, ulysses_size
         self._order: tuple[int, np.ndarray] | None = None
 
     def row_index(self, consumed: int) -> int:
@@ -110,7 +129,8 @@ class Loader:
         """This process's micro-batches of the step that begins after `consumed` rows."""
         mine = range(consumed + self.rank, consumed + self.rows_per_step, self.size)
         rows = [self.rows[self.row_index(i)] for i in mine]
-        return [
+        batches = [
             collate(rows[i : i + self.micro_batch_rows], self.document_mask)
             for i in range(0, len(rows), self.micro_batch_rows)
         ]
+        return [batch.shard(self.ulysses_rank, self.ulysses_size) for batch in batches]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from model.loss import IGNORED
 from pipeline.manifest import StageStopped
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
-from pipeline.training.engine import learning_rate
-from pipeline.training.guards import StopRequest, refuse_non_finite
+from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.engine import inner_optimizer, learning_rate
+from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
 from pipeline.training.loader import Batch, Loader, Rows, collate
 from pipeline.training.metrics import Metrics, PositionLosses, peak_resident_bytes
+from pipeline.training.watchdog import Watchdog
 
 log = logging.getLogger("longgen.training")
+
+# A run's folder holds this file where it is to save and stop.
+TRIGGER = "stop"
+# How many times train.hang_seconds what compiles kernels or writes to disk may take.
+LONG = 10
 
 
 class Trainer:
@@ -35,35 +43,62 @@ class Trainer:
         train: TrainSection,
         loader: Loader,
         held_out: Rows,
-        metrics: Metrics,
+        metrics: Metrics | None,
+        checkpointer: Checkpointer,
         folder: Path,
     ) -> None:
+        """`metrics`: on rank 0, which alone keeps the record."""
         self.engine, self.layout, self.config, self.train = engine, layout, config, train
-        self.loader, self.held_out = loader, held_out
-        self.metrics, self.checkpoints = metrics, folder / "checkpoints"
+        self.loader, self.held_out, self.metrics = loader, held_out, metrics
+        self.checkpointer, self.folder = checkpointer, folder
+        # The step that the run starts after.
+        self.first = 0
         on_gpu = layout.device.type == "cuda"
         name = torch.cuda.get_device_name(layout.device) if on_gpu else "CPU"
         self.peak = peak_flops(name)
+        self.guard = StepGuard(
+            non_finite=train.non_finite,
+            spike_sigmas=train.spike_sigmas,
+            spike_window=train.spike_window,
+        )
+        inner_optimizer(engine).refuses = lambda: self.guard.refuses(
+            float(engine.optimizer._global_grad_norm)
+        )
+        self.watchdog = Watchdog(train.hang_seconds, layout.rank, layout.size, layout.store, folder)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
         batch = batch.to(self.layout.device)
         losses = self.engine(batch.tokens_BS, batch.positions_BS, batch.cu_seqlens, batch.labels_BS)
         return losses, batch
 
+    def _record(self, record: dict) -> None:
+        if self.metrics:
+            self.metrics.write(record)
+
     def validate(self, step: int) -> None:
         """Held-out loss by position in the document, on the same rows every time."""
+        layout = self.layout
         rows = min(self.train.validation_rows, len(self.held_out))
         length = len(self.held_out[0][0])
-        losses = PositionLosses(self.train.position_bucket, length, self.layout.device)
+        losses = PositionLosses(self.train.position_bucket, length, layout.device)
         self.engine.eval()
         with torch.no_grad():
-            for row in range(rows):
-                batch = collate([self.held_out[row]], self.train.document_mask)
-                values, batch = self._forward(batch)
-                losses.add(values, batch.positions_BS, batch.labels_BS != IGNORED)
+            # All ranks go through as many forwards; beyond the last row they count nothing.
+            for first in range(0, rows, layout.rows_size):
+                self._beat(f"step {step}: validation row {first}", long=True)
+                row = first + layout.rows_rank
+                batch = collate([self.held_out[min(row, rows - 1)]], self.train.document_mask)
+                values, batch = self._forward(batch.shard(layout.ulysses_rank, layout.ulysses_size))
+                counts = (
+                    batch.labels_BS != IGNORED
+                    if row < rows
+                    else batch.labels_BS.new_zeros(batch.labels_BS.shape, dtype=torch.bool)
+                )
+                losses.add(values, batch.positions_BS, counts)
         self.engine.train()
+        layout.sum(losses.sums)
         record = {"kind": "validation", "step": step, "loss": losses.loss()}
-        self.metrics.write({**record, "by_position": losses.by_position()})
+        self._record({**record, "by_position": losses.by_position()})
         log.info("step %d: held-out loss %.4f on %d rows", step, record["loss"], rows)
 
     def step(self, step: int, consumed: int) -> dict[str, float]:
@@ -73,6 +108,9 @@ class Trainer:
         of the whole global batch: DeepSpeed divides by group size and accumulation.
         """
         started = time.perf_counter()
+        number = step + 1
+        first = number <= self.first + 1
+        self._beat(f"step {number}: reading rows")
         batches = self.loader.step(consumed)
         device = self.layout.device
         valid = torch.tensor(sum(b.valid_tokens for b in batches), device=device)
@@ -83,40 +121,71 @@ class Trainer:
             group["lr"] = rate
         total = torch.zeros((), dtype=torch.float64, device=device)
         lengths = []
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            self._beat(f"step {number}: forward {index}", first)
             losses, batch = self._forward(batch)
             summed = losses.float().sum()
             total += summed.detach()
             if self.engine.is_gradient_accumulation_boundary():
                 loss = (self.layout.sum(total.clone()) / valid).item()
-                refuse_non_finite(loss, "the loss", step + 1)
+                self.guard.check_loss(number, loss)
+            self._beat(f"step {number}: backward {index}", first)
             self.engine.backward(summed * scale)
+            self._beat(f"step {number}: optimizer {index}", first)
             self.engine.step()
             lengths += batch.lengths
         norm = float(self.engine.get_global_grad_norm())
-        refuse_non_finite(norm, "the gradient norm", step + 1)
+        # Asked here too: where the norm is not finite, DeepSpeed leaves out the update itself.
+        self.guard.refuses(norm)
+        skipped = self.guard.finish(number)
+        if skipped:
+            log.warning("step %d: not taken, %s", number, skipped)
         seconds = time.perf_counter() - started
         tokens = self.train.rows_per_step * batches[0].tokens_BS.shape[1]
-        flops = training_flops(self.config, lengths) / seconds
+        tokens *= self.layout.ulysses_size
+        sharing = self.layout.tensor_size * self.layout.ulysses_size
+        flops = training_flops(self.config, lengths) / sharing / seconds
         on_gpu = device.type == "cuda"
         return {
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped": skipped,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / self.peak if self.peak else None,
             "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "seconds": seconds,
         }
 
+    def _beat(self, what: str, long: bool = False) -> None:
+        self.watchdog.beat(what, LONG * self.train.hang_seconds if long else None)
+
+    def save(self, step: int, consumed: int) -> None:
+        """A checkpoint of where the run stands."""
+        self._beat(f"step {step}: saving", long=True)
+        run_id = self.metrics.run_id if self.metrics else None
+        at = checkpoint.Progress(step, consumed, run_id, self.guard.state())
+        blocked = self.checkpointer.save(at)
+        log.info("step %d: saving; training stood still for %.2f s", step, blocked)
+
     def run(self, start: checkpoint.Progress) -> None:
         """Train from `start` to the last step.
 
         Raises:
-            StageStopped: a signal came; the step was finished and saved.
+            StageStopped: a signal came to a rank, or the trigger file: the step was finished and
+                saved.
         """
+        with self.watchdog:
+            try:
+                self._run(start)
+            finally:
+                self.checkpointer.close()
+
+    def _run(self, start: checkpoint.Progress) -> None:
         step, consumed = start.step, start.rows_consumed
-        last = self.train.steps
+        last, self.first = self.train.steps, step
+        if start.guard:
+            self.guard.restore(start.guard)
         if step == 0:
             self.validate(0)
         columns = (
@@ -125,26 +194,37 @@ class Trainer:
             TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]}"),
             TimeRemainingColumn(),
         )
-        with StopRequest() as stop, Progress(*columns, transient=True) as bar:
+        silent = self.layout.rank != 0
+        with (
+            StopRequest(self.folder / TRIGGER) as stop,
+            Progress(*columns, transient=True, disable=silent) as bar,
+        ):
             task = bar.add_task("finetune", total=last, completed=step, loss="-")
             while step < last:
                 measured = self.step(step, consumed)
                 step, consumed = step + 1, consumed + self.train.rows_per_step
-                bar.update(task, completed=step, loss=f"{measured['loss']:.4f}")
-                self.metrics.write({"kind": "train", "step": step, **measured})
+                bar.update(task, completed=step, loss=measured["loss"])
+                self._record({"kind": "train", "step": step, **measured})
                 if step % self.train.log_every == 0 or step == last:
                     log.info(
-                        "step %d/%d: loss %.4f, gradient norm %.3f, lr %.2e, %.0f tokens/s",
+                        "step %d/%d: loss %s, gradient norm %s, lr %.2e, %.0f tokens/s",
                         step,
                         last,
-                        *(measured[k] for k in ("loss", "grad_norm", "lr", "tokens_per_second")),
+                        *(_told(measured[k]) for k in ("loss", "grad_norm")),
+                        *(measured[k] for k in ("lr", "tokens_per_second")),
                     )
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
-                stopping = stop.signal is not None
+                self._beat(f"step {step}: asking all ranks whether to stop")
+                stopping = self.layout.largest(stop.wanted())
                 if step % self.train.save_every == 0 or step == last or stopping:
-                    at = checkpoint.Progress(step, consumed, self.metrics.run_id)
-                    path = checkpoint.save(self.engine, self.checkpoints, at, self.train.keep_last)
-                    log.info("saved %s", path.name)
+                    self.save(step, consumed)
                 if stopping:
-                    raise StageStopped(stop.signal)
+                    self.checkpointer.wait()
+                    if self.layout.rank == 0:
+                        stop.consume()
+                    raise StageStopped(stopping)
+
+
+def _told(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

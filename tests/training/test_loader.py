@@ -6,7 +6,7 @@ import torch
 
 from model.loss import IGNORED
 from pipeline.training.loader import Loader, collate
-from tests.training.helpers import RandomRows
+from tests.training.small_training import RandomRows
 
 
 def test_labels_shift_over_the_row_and_stop_at_documents_and_padding():

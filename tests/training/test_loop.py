@@ -10,60 +10,37 @@ import torch.nn.functional as F
 
 from model.loss import IGNORED
 from pipeline.manifest import StageError, StageStopped
-from pipeline.schema import ParallelSection, TrainSection, WandbSection
+from pipeline.schema import WandbSection
 from pipeline.training import checkpoint
-from pipeline.training.engine import build_engine, learning_rate
-from pipeline.training.loader import Loader, collate
-from pipeline.training.loop import Trainer
+from pipeline.training.checkpoint import Progress
+from pipeline.training.engine import inner_optimizer, learning_rate
+from pipeline.training.guards import TRIGGERED
+from pipeline.training.loader import collate
 from pipeline.training.metrics import Metrics, PositionLosses
-from tests.tiny import tiny_config, tiny_gpt, tiny_llama
-from tests.training.helpers import RandomRows
+from tests.tiny import tiny_gpt, tiny_llama
+from tests.training.small_training import (
+    LENGTH,
+    RandomRows,
+    parallel_section,
+    small_config,
+    small_train,
+    small_trainer,
+)
 
-CONFIG = tiny_config(is_full=(False, True, False))
-LENGTH = 48
-
-
-def train_section(**changes):
-    values = {
-        "steps": 6,
-        "rows_per_step": 4,
-        "micro_batch_rows": 2,
-        "lr": 1e-2,
-        "precision": "fp32",
-        "lr_schedule": "cosine",
-        "warmup_steps": 2,
-        "validate_every": 100,
-        "validation_rows": 2,
-        "position_bucket": 16,
-        "save_every": 2,
-    }
-    return TrainSection(**(values | changes))
+CONFIG = small_config("sink", 2)
 
 
-def make_trainer(layout, folder, zero_stage=1, offload=False, resume=None, **changes):
-    """(trainer, where it starts); `resume` is a checkpoint to start from."""
-    train = train_section(**changes)
-    parallel = ParallelSection(zero_stage=zero_stage, optimizer_offload=offload)
-    gpt = tiny_gpt(CONFIG, tiny_llama(CONFIG))
-    if train.precision == "bf16":
-        gpt.bfloat16()
-    engine = build_engine(gpt, train, parallel, layout)
-    loader = Loader(
-        RandomRows(10, LENGTH),
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        seed=1,
-        document_mask=True,
-    )
-    start = checkpoint.load(engine, resume) if resume else None
-    metrics = Metrics(folder, WandbSection(mode="disabled"), "test", {}, start)
-    held_out = RandomRows(2, LENGTH, seed=9)
-    trainer = Trainer(engine, layout, CONFIG, train, loader, held_out, metrics, folder)
-    return trainer, start or checkpoint.Progress(0, 0)
+def make_trainer(folder, zero_stage=1, offload=False, **changes):
+    """(trainer, where it starts): the newest checkpoint in `folder`, or the beginning."""
+    parallel = parallel_section(zero_stage=zero_stage, optimizer_offload=offload)
+    values = {"lr": 1e-2, "lr_schedule": "cosine", "save_every": 2, "validate_every": 100}
+    train = small_train(**(values | changes))
+    trainer, start = small_trainer(CONFIG, parallel, train, folder)
+    return trainer, start or Progress(0, 0)
 
 
-def train_whole(layout, folder, **changes):
-    trainer, start = make_trainer(layout, folder, **changes)
+def train_whole(folder, **changes):
+    trainer, start = make_trainer(folder, **changes)
     trainer.run(start)
     return trainer
 
@@ -75,7 +52,7 @@ def train_losses(folder):
 
 def test_steps_equal_plain_pytorch(layout, tmp_path):
     """Loss and gradient norm over steps, with accumulation and unequal valid counts."""
-    trainer = train_whole(layout, tmp_path, steps=4)
+    trainer = train_whole(tmp_path, steps=4)
     got = train_losses(tmp_path)
 
     llama = tiny_gpt(CONFIG, tiny_llama(CONFIG))
@@ -117,15 +94,18 @@ def test_steps_equal_plain_pytorch(layout, tmp_path):
         {"precision": "bf16", "zero_stage": 1},
         {"precision": "bf16", "zero_stage": 2},
         {"precision": "bf16", "zero_stage": 2, "offload": True},
+        {"precision": "fp32", "zero_stage": 3},
+        {"precision": "bf16", "zero_stage": 3, "offload": True},
+        {"precision": "fp32", "save_background": False},
     ],
     ids=str,
 )
 def test_killed_and_resumed_is_never_stopped(layout, tmp_path, kind):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    train_whole(layout, whole, **kind)
+    train_whole(whole, **kind)
 
-    dying, start = make_trainer(layout, broken, **kind)
+    dying, start = make_trainer(broken, **kind)
     honest, calls = dying.step, []
 
     def step(*args):
@@ -140,8 +120,7 @@ def test_killed_and_resumed_is_never_stopped(layout, tmp_path, kind):
         dying.run(start)
     assert sorted(train_losses(broken)) == [1, 2, 3]
 
-    found = checkpoint.newest(broken / "checkpoints")
-    again, start = make_trainer(layout, broken, resume=found, **kind)
+    again, start = make_trainer(broken, **kind)
     assert (start.step, start.rows_consumed) == (2, 8)
     again.run(start)
     assert train_losses(broken) == train_losses(whole)
@@ -151,20 +130,22 @@ def test_killed_and_resumed_is_never_stopped(layout, tmp_path, kind):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_weights_without_moments_do_not_resume_the_same(layout, tmp_path, monkeypatch):
+def test_weights_without_moments_do_not_resume_the_same(layout, tmp_path):
     """The control of the test above: it can fail."""
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    train_whole(layout, whole, steps=4)
-    before = train_losses(whole)
-    monkeypatch.setattr("deepspeed.utils.safe_set_full_optimizer_state", lambda *a: None)
-    found = whole / "checkpoints" / "step_000002"
-    train_whole(layout, whole, steps=4, resume=found)
-    assert train_losses(whole)[4] != before[4]
+    train_whole(tmp_path, steps=2)
+    losses = []
+    for moments in (True, False):
+        trainer, start = make_trainer(tmp_path, steps=4)
+        for state in inner_optimizer(trainer.engine).state.values():
+            if not moments:
+                state["exp_avg"].zero_()
+        trainer.step(2, 8)
+        losses.append(trainer.step(3, 12)["loss"])
+    assert losses[0] != losses[1]
 
 
 def test_sigterm_saves_at_the_step_edge(layout, tmp_path):
-    trainer, start = make_trainer(layout, tmp_path, save_every=100)
+    trainer, start = make_trainer(tmp_path, save_every=100)
     honest = trainer.step
 
     def step(step, consumed):
@@ -176,11 +157,31 @@ def test_sigterm_saves_at_the_step_edge(layout, tmp_path):
     with pytest.raises(StageStopped) as stopped:
         trainer.run(start)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
-    assert checkpoint.newest(tmp_path / "checkpoints").name == "step_000003"
+    assert checkpoint.newest(tmp_path).name == "step_000003"
+
+
+def test_a_file_saves_and_stops_at_the_step_edge_and_is_gone(layout, tmp_path):
+    trainer, start = make_trainer(tmp_path, save_every=100)
+    honest = trainer.step
+
+    def step(step, consumed):
+        if step == 2:
+            (tmp_path / "stop").touch()
+        return honest(step, consumed)
+
+    trainer.step = step
+    with pytest.raises(StageStopped) as stopped:
+        trainer.run(start)
+    assert stopped.value.exit_code == TRIGGERED
+    assert checkpoint.newest(tmp_path).name == "step_000003"
+    assert not (tmp_path / "stop").exists()
+    again, start = make_trainer(tmp_path)
+    again.run(start)
+    assert sorted(train_losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(layout, tmp_path):
-    trainer, _ = make_trainer(layout, tmp_path)
+    trainer, _ = make_trainer(tmp_path)
     weights = dict(trainer.engine.module.named_parameters())
     norm = weights["decoder.final_layernorm.weight"]
     embedding = weights["embedding.word_embeddings.weight"].detach().clone()
@@ -190,48 +191,96 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(layout, tmp_path):
     assert torch.equal(weights["embedding.word_embeddings.weight"], embedding)
 
 
-def test_a_gradient_that_is_not_finite_stops(layout, tmp_path):
-    """A finite loss whose backward overflows must not pass for a step."""
-    trainer, _ = make_trainer(layout, tmp_path)
-    honest = trainer._forward
+def masters(trainer):
+    parts = [part.states["master"] for part in checkpoint.fragments(trainer.engine)]
+    return torch.cat(parts).clone()
 
-    def overflow(batch):
-        losses, batch = honest(batch)
-        losses.register_hook(lambda gradient: gradient * float("inf"))
+
+def overflow_in(trainer, steps):
+    """In these steps a finite loss has gradients that are not."""
+    honest_step, honest_forward = trainer.step, trainer._forward
+    at = []
+
+    def step(step, consumed):
+        at.append(step)
+        return honest_step(step, consumed)
+
+    def forward(batch):
+        losses, batch = honest_forward(batch)
+        if losses.requires_grad and at[-1] in steps:
+            losses.register_hook(lambda gradient: gradient * float("inf"))
         return losses, batch
 
-    trainer._forward = overflow
+    trainer.step, trainer._forward = step, forward
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_stops(layout, tmp_path, zero_stage, precision):
+    """A finite loss whose backward overflows must not pass for a step."""
+    trainer, _ = make_trainer(tmp_path, zero_stage=zero_stage, precision=precision)
+    before = masters(trainer)
+    overflow_in(trainer, {0})
     with pytest.raises(StageError, match="step 1: the gradient norm is (inf|nan); it must be"):
         trainer.step(0, 0)
+    assert torch.equal(masters(trainer), before)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(layout, tmp_path, monkeypatch):
-    trainer = train_whole(layout, tmp_path, steps=2)
-    folder = tmp_path / "checkpoints"
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_is_skipped_where_asked(
+    layout, tmp_path, zero_stage, precision
+):
+    trainer, start = make_trainer(
+        tmp_path, zero_stage=zero_stage, precision=precision, non_finite="skip", steps=3
+    )
+    overflow_in(trainer, {1})
+    seen = []
+    honest = trainer.step
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def step(*arguments):
+        before = masters(trainer)
+        measured = honest(*arguments)
+        seen.append((measured["skipped"], torch.equal(masters(trainer), before)))
+        return measured
 
-    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
-    with pytest.raises(StageError, match="step_000004.*No space left on device.*free space"):
-        checkpoint.save(trainer.engine, folder, checkpoint.Progress(4, 16), 2)
-    assert checkpoint.newest(folder).name == "step_000002"
-    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_000002"]
+    trainer.step = step
+    trainer.run(start)
+    assert seen == [(None, False), ("gradient norm is inf", True), (None, False)]
+    assert trainer.guard.skipped == 1
+    assert checkpoint.adam_step(trainer.engine) == 2
+    again, start = make_trainer(
+        tmp_path, zero_stage=zero_stage, precision=precision, non_finite="skip", steps=4
+    )
+    assert start.guard["skipped"] == 1
+    again.run(start)
+    assert sorted(train_losses(tmp_path)) == [1, 2, 3, 4]
 
 
-def test_only_the_newest_checkpoints_are_kept(layout, tmp_path):
-    train_whole(layout, tmp_path, keep_last=2)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["latest", "step_000004", "step_000006"]
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_spike_of_the_loss_is_skipped(layout, tmp_path, zero_stage):
+    trainer, _ = make_trainer(
+        tmp_path, zero_stage=zero_stage, spike_sigmas=6.0, spike_window=4, steps=9
+    )
+    for step in range(4):
+        assert trainer.step(step, 4 * step)["skipped"] is None
+    before = masters(trainer)
+    honest = trainer._forward
 
+    def spike(batch):
+        losses, batch = honest(batch)
+        return losses * 50, batch
 
-def test_no_checkpoint_is_said(tmp_path):
-    with pytest.raises(StageError, match="holds no checkpoint; run stage=finetune"):
-        next(checkpoint.read_weights(tmp_path))
+    trainer._forward = spike
+    assert trainer.step(4, 16)["skipped"].startswith("loss ")
+    assert torch.equal(masters(trainer), before)
+    trainer._forward = honest
+    assert trainer.step(5, 20)["skipped"] is None
+    assert not torch.equal(masters(trainer), before)
 
 
 def test_learning_rate():
-    train = train_section(steps=10, warmup_steps=2, lr=1.0, min_lr_ratio=0.1)
+    train = small_train(steps=10, warmup_steps=2, lr=1.0, min_lr_ratio=0.1, lr_schedule="cosine")
     rates = [learning_rate(train, step) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert (rates[5] + rates[6]) / 2 == pytest.approx(0.55)
