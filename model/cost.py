@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from .config import ModelConfig
+from .mapping import megatron_shape, megatron_to_hf_names
 
 # Dense bf16 peak of one GPU in FLOP/s, by the vendor's data sheets (SXM parts, no sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def parameters(config: ModelConfig) -> int:
+    """All weights, embedding and norms among them."""
+    return sum(prod(megatron_shape(name, config)) for name in megatron_to_hf_names(config))
 
 
 def matrix_parameters(config: ModelConfig) -> int:

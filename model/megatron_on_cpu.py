@@ -1,4 +1,4 @@
-"""Lets megatron-core 0.16 run without CUDA, on gloo; does nothing where a GPU is present.
+"""Lets megatron-core 0.16 run on the CPU, over gloo.
 
 megatron-core asks torch.cuda for its device and its random state even where no tensor lives on a
 GPU. `install()` answers these calls for the CPU; it must run before megatron.core is imported.
@@ -15,13 +15,16 @@ _installed = False
 
 
 def install() -> None:
-    """Answer the CUDA calls that megatron-core makes on the CPU. Safe to call again."""
+    """Answer the CUDA calls that megatron-core makes on the CPU. Safe to call again.
+
+    For a process that trains on the CPU, whether or not the machine has a GPU.
+    """
     global _installed
-    if _installed or torch.cuda.is_available():
+    if _installed:
         return
     _installed = True
     # DeepSpeed's choice of accelerator, which it would otherwise guess from installed packages.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = "cpu"
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.set_device = lambda device: None

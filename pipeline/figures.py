@@ -139,7 +139,8 @@ def perplexity_by_position(
 def training_loss(train: Sequence[Record], validation: Sequence[Record]) -> Figure:
     """Loss of every step, and the held-out loss at its steps."""
     figure, axes = _figure()
-    steps, losses = zip(*((r["step"], r["loss"]) for r in train), strict=True)
+    finite = [(r["step"], r["loss"]) for r in train if r["loss"] is not None]
+    steps, losses = zip(*finite, strict=True) if finite else ((), ())
     axes.plot(steps, losses, color=BLUE, linewidth=1.4, label="training batch")
     if validation:
         steps, losses = zip(*((r["step"], r["loss"]) for r in validation), strict=True)

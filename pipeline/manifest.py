@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -17,6 +18,8 @@ from typing import Any
 from pipeline.schema import Config
 
 MANIFEST = "manifest.json"
+# What asks a run to stop without a signal; no signal has this number.
+STOPPED_BY_FILE = os.EX_TEMPFAIL
 PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed", "numpy", "triton")
 
 
@@ -25,12 +28,17 @@ class StageError(RuntimeError):
 
 
 class StageStopped(Exception):
-    """A stage was asked to stop by a signal, saved, and goes on with the same command."""
+    """A stage was asked to stop, saved, and goes on with the same command.
+
+    `number` is a signal's, or STOPPED_BY_FILE.
+    """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after a save")
-        # The shell's convention for a process that a signal ended.
-        self.exit_code = 128 + number
+        by_file = number == STOPPED_BY_FILE
+        by = "the trigger file" if by_file else signal.Signals(number).name
+        super().__init__(f"stopped by {by} after a save")
+        # For a signal, the shell's convention.
+        self.exit_code = number if by_file else 128 + number
 
 
 @dataclass(frozen=True)

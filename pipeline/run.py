@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from pipeline.runner import execute  # noqa: E402
@@ -21,10 +22,23 @@ register_defaults()
 warnings.filterwarnings("ignore", module="megatron", category=UserWarning)
 
 
+def _same_run() -> list[str]:
+    """What Python is given to start this run again, also where it is one of a --multirun."""
+    run = HydraConfig.get()
+    places = {"main": "--config-path", "command-line": "--config-dir"}
+    folders = [
+        text
+        for source in run.runtime.config_sources
+        if source.provider in places
+        for text in (places[source.provider], source.path)
+    ]
+    return [__file__, "--config-name", run.job.config_name, *folders, *run.overrides.task]
+
+
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def main(composed: DictConfig) -> None:
     """Run the stage, or the chain of stages, that the configuration names."""
-    code = execute(composed)
+    code = execute(composed, _same_run())
     if code:
         sys.exit(code)
 

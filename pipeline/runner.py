@@ -1,4 +1,9 @@
-"""Runs stages in order: skips what is finished, redoes what changed, says why it stops."""
+"""Runs stages in order: skips what is finished, redoes what changed, says why it stops.
+
+A stage whose module says DISTRIBUTED runs on as many processes as the configuration has GPUs: this
+process starts them (pipeline/workers.py), or torchrun has, and this is one (pipeline/team.py).
+Rank 0 then decides, as a process alone does, and the others follow.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +16,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 
@@ -33,7 +40,9 @@ from pipeline.manifest import (
     read_manifest,
 )
 from pipeline.schema import Config
+from pipeline.team import NOTICE, RankFailed, Team, launched
 from pipeline.validation import CHAIN, ConfigError, parse
+from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers
 
 log = logging.getLogger("longgen")
 
@@ -85,28 +94,57 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages that the configuration names, in order.
-
-    Raises:
-        ConfigError: where one of them cannot run on the configured world.
-    """
+    """The stages that the configuration names, in order."""
     stages = CHAIN if config.stage == "chain" else (config.stage,)
     if config.export.source == "convert" and config.stage == "chain":
         stages = tuple(stage for stage in stages if stage != "finetune")
-    world = config.parallel.nodes * config.parallel.gpus_per_node
-    if "finetune" in stages and world > 1:
-        raise ConfigError(
-            f"world size={world}: finetune runs on one process in this version; set "
-            "parallel=single, or run the other stages one by one with stage=NAME"
-        )
     return stages
+
+
+def is_distributed(stage: str) -> bool:
+    """Whether the stage runs on every process of the configured world, and not on one."""
+    return getattr(stage_module(stage), "DISTRIBUTED", False)
+
+
+def refuse_processes(config: Config, stages: Sequence[str], team: Team) -> None:
+    """Raise ConfigError where the stages cannot run on these processes, before any work."""
+    together = [stage for stage in stages if is_distributed(stage)]
+    alone = [stage for stage in stages if stage not in together]
+    if team.size > 1 and alone:
+        raise ConfigError(
+            f"stage={config.stage}: {team.size} processes were started, and each would do "
+            f"{alone[0]} as a whole; set stage=finetune, and run other stages by python "
+            "pipeline/run.py stage=NAME, without torchrun"
+        )
+    parallel = config.parallel
+    here = parallel.gpus_per_node
+    if launched() or not together or parallel.nodes * here == 1:
+        return
+    if parallel.nodes > 1:
+        raise ConfigError(
+            f"parallel.nodes={parallel.nodes}: this process starts workers on its own machine "
+            f"only; run {together[0]} by torchrun on every node (torchrun "
+            f"--nnodes={parallel.nodes} --nproc-per-node={here} ... pipeline/run.py "
+            f"stage={together[0]}; under Slurm: srun torchrun ...), and other stages one by one by "
+            "python pipeline/run.py stage=NAME"
+        )
+    if config.device == "cuda" and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"parallel.gpus_per_node={here}: this machine shows {torch.cuda.device_count()} CUDA "
+            "GPUs; set parallel.gpus_per_node to as many at most, or device=cpu"
+        )
 
 
 class Runner:
     """The stages of one configuration."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self, config: Config, team: Team | None = None, arguments: Sequence[str] = ()
+    ) -> None:
+        """`arguments`: what Python is given to start this run again, as one of several workers."""
         self.config = config
+        self.team = team or Team()
+        self.arguments = arguments
         self.root = Path(config.outputs).absolute()
         self._wanted: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {}
 
@@ -165,8 +203,20 @@ class Runner:
     def run(self, stage: str) -> dict[str, Any]:
         """Run one stage unless its finished folder still matches; its counts.
 
-        One process at a time: another that wants the same folder waits, and then skips.
+        One run at a time: another that wants the same folder waits, and then skips.
         """
+        if self.team.rank > 0:
+            return self._follow(stage)
+        parallel = self.config.parallel
+        size = parallel.nodes * parallel.gpus_per_node
+        with self._lock(stage):
+            counts = self._current(stage)
+            if counts is None and (launched() or size == 1 or not is_distributed(stage)):
+                counts = self._work(stage)
+        return self._employ(stage, size) if counts is None else counts
+
+    @contextmanager
+    def _lock(self, stage: str) -> Iterator[None]:
         final = self.folder(stage)
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
@@ -177,16 +227,21 @@ class Runner:
             except BlockingIOError:
                 log.info("%s: another process is at work in %s; waiting", stage, final)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            return self._run_alone(stage)
+            yield
 
-    def _run_alone(self, stage: str) -> dict[str, Any]:
-        stage_log = logging.getLogger(f"longgen.{stage}")
+    def _current(self, stage: str) -> dict[str, Any] | None:
+        """Counts of the finished folder where it still matches; None where the stage must run.
+
+        Raises:
+            StageError: where the folder is another configuration's, or an input is missing.
+        """
         force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
         depends_on, inputs, wanted_id = self.wanted(stage)
         final = self.folder(stage)
         manifest = read_manifest(final)
         if manifest and manifest["id"] == wanted_id and not force:
             log.info("%s: up to date, skipped (%s)", stage, final)
+            self.team.tell("decision", {"counts": manifest["counts"]})
             return manifest["counts"]
         if manifest and not force:
             old = {"config": manifest["config"], "inputs": manifest["inputs"]}
@@ -197,38 +252,116 @@ class Runner:
             )
         for name in inputs:
             self.finished(name)
+        return None
+
+    def _work(self, stage: str) -> dict[str, Any]:
+        """Run the stage into its partial folder, and rename that once every rank is done."""
+        stage_log = logging.getLogger(f"longgen.{stage}")
+        depends_on, inputs, _ = self.wanted(stage)
+        final = self.folder(stage)
         log.info("%s: starts", stage)
         started = time.time()
         with _disk_errors(final):
             out = self._partial_folder(stage, final, stage_log)
+            self.team.tell("decision", {"out": str(out)})
             context = StageContext(self.config, out, self.finished, stage_log)
             counts = stage_module(stage).run(context)
+            self.team.meet("ran")
             finish(out, final, stage, depends_on, inputs, counts, started)
         # Not before: where the manifest cannot be written, the work can still be continued.
         (final / PARTIAL).unlink()
+        self.team.tell("counts", counts)
         log.info("%s: done in %.1f s", stage, time.time() - started)
         return counts
 
+    def _follow(self, stage: str) -> dict[str, Any]:
+        """What a rank beside rank 0 does: what rank 0 has decided."""
+        decision = self.team.hear("decision")
+        if "counts" in decision:
+            return decision["counts"]
+        stage_log = logging.getLogger(f"longgen.{stage}")
+        out = Path(decision["out"])
+        with _disk_errors(out):
+            stage_module(stage).run(StageContext(self.config, out, self.finished, stage_log))
+        self.team.meet("ran")
+        return self.team.hear("counts")
 
-def execute(composed: DictConfig) -> int:
-    """Run what the configuration names; the process's exit code."""
+    def _employ(self, stage: str, size: int) -> dict[str, Any]:
+        """Let `size` workers run the stage, of which the first does what this process would."""
+        final = self.folder(stage)
+        before = read_manifest(final)
+        latest = final.with_name(final.name + ".partial") / "checkpoints" / "latest"
+        log.info("%s: starting %d processes", stage, size)
+        run_workers(
+            [*self.arguments, f"stage={stage}"],
+            size,
+            self.config.parallel.restarts,
+            reached=lambda: latest.read_text().strip() if latest.exists() else None,
+            finished=lambda: read_manifest(final) not in (None, before),
+        )
+        return read_manifest(final)["counts"]
+
+
+def _join() -> Team:
+    """The team of this process; of several, rank 0 speaks for all."""
+    team = Team.join()
+    if team.size > 1:
+        log.handlers[0].addFilter(team.says)
+    if team.rank > 0:
+        log.setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+    return team
+
+
+def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
+    """Run what the configuration names; the process's exit code.
+
+    `arguments`: what Python is given to start this same run in another process.
+    """
     _log_to_terminal()
+    team = Team()
     try:
+        team = _join()
         config = parse(composed)
-        runner = Runner(config)
+        runner = Runner(config, team, arguments)
         stages = stages_of(config)
-        log.info("experiment %s, variant %s, device %s", config.name, config.variant, config.device)
+        refuse_processes(config, stages, team)
+        of = f", {team.size} processes" if team.size > 1 else ""
+        told = config.name, config.variant, config.device, of
+        log.info("experiment %s, variant %s, device %s%s", *told)
         for stage in stages:
             counts = runner.run(stage)
     except USER_ERRORS as error:
-        log.error("error: %s", error)
-        return 2
+        first = team.fail(USER_ERROR)
+        team.say(str(error))
+        return first.exit_code
+    except WorkersEnded as ended:
+        if str(ended):
+            log.error("%s", ended)
+        return ended.exit_code
+    except RankFailed as failed:
+        return failed.exit_code
     except KeyboardInterrupt:
-        log.error("interrupted; the same command continues")
-        return 130
+        team.fail(INTERRUPTED)
+        if team.rank == 0:
+            log.error("interrupted; the same command continues")
+        return INTERRUPTED
     except StageStopped as stopped:
-        log.error("%s; the same command continues", stopped)
+        if team.rank == 0:
+            log.error("%s; the same command continues", stopped)
+        # A launcher would close those that are still about to leave.
+        with suppress(RankFailed):
+            team.meet("stopped")
         return stopped.exit_code
+    except Exception as error:
+        first = team.fail(1, wait=NOTICE)
+        if first.rank == team.rank:
+            raise
+        # Mostly that the first one no longer answers: its own words are the ones to read.
+        if first.exit_code != USER_ERROR:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.error("rank %d: %s (rank %d failed first)", team.rank, reason, first.rank)
+        return first.exit_code
     if "summary" in counts:
         for line in counts["summary"]:
             log.info("%s", line)

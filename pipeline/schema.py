@@ -6,6 +6,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from model.config import ModelConfig
+
 # What of a ModelSection counts something, and so is at least 1.
 DIMENSIONS = (
     "num_layers",
@@ -42,6 +44,19 @@ class ModelSection:
     rope_base: float = 1e4
     tie_embeddings: bool = False
     allow_pickle: bool = False
+
+
+def section_shape(section: ModelSection) -> ModelConfig:
+    """The shape that the section states, all layers full, on its own RoPE."""
+    rope = {"rope_type": "default", "rope_theta": section.rope_base}
+    return ModelConfig(
+        **{key: getattr(section, key) for key in DIMENSIONS},
+        norm_eps=section.norm_eps,
+        tie_embeddings=section.tie_embeddings,
+        rope=rope,
+        sparse_rope=dict(rope),
+        is_full=(True,) * section.num_layers,
+    )
 
 
 @dataclass
@@ -229,6 +244,14 @@ class WandbSection:
 
 
 @dataclass
+class BenchmarkSection:
+    """conf/benchmark: a file of pipeline/benchmarks, and how often it measures."""
+
+    name: str = "checkpoint"
+    repeats: int = 4
+
+
+@dataclass
 class GenerateSection:
     """stage=generate."""
 
@@ -257,6 +280,7 @@ class Config:
     export: ExportSection = field(default_factory=ExportSection)
     eval: EvalSection = field(default_factory=EvalSection)
     wandb: WandbSection = field(default_factory=WandbSection)
+    benchmark: BenchmarkSection = field(default_factory=BenchmarkSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
 
 

@@ -16,7 +16,17 @@ from kernels.pattern import Pattern
 from model.config import resolve_schedule
 from pipeline.schema import DIMENSIONS, Config
 
-STAGES = ("fetch", "data_prep", "convert", "finetune", "export", "evaluate", "report", "generate")
+STAGES = (
+    "fetch",
+    "data_prep",
+    "convert",
+    "finetune",
+    "export",
+    "evaluate",
+    "report",
+    "generate",
+    "benchmark",
+)
 CHAIN = STAGES[:7]
 MEANINGFUL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -205,6 +215,8 @@ def _check_train(config: Config) -> None:
     _choice(config, "train.non_finite", ("stop", "skip"))
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         _refuse("train.betas", train.betas, "must be two numbers from 0 to below 1", "set them")
+    _choice(config, "benchmark.name", ("checkpoint",))
+    _at_least(config, "benchmark.repeats", 2)
     _choice(config, "wandb.mode", ("auto", "online", "offline", "disabled"))
 
 

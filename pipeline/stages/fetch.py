@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig
 from pipeline import packages
 from pipeline.manifest import StageContext, StageError, digest
-from pipeline.schema import Config, ModelSection
+from pipeline.schema import Config, ModelSection, section_shape
 
 INPUTS = ()
 # Each part is made under a temporary name that tells its source, so that a half-done folder may be
@@ -176,22 +175,7 @@ def _remove(path: Path) -> None:
 
 
 def _random(section: ModelSection, out: Path) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": section.rope_base}
-    shape = ModelConfig(
-        num_layers=section.num_layers,
-        hidden_size=section.hidden_size,
-        ffn_hidden_size=section.ffn_hidden_size,
-        num_heads=section.num_heads,
-        num_kv_heads=section.num_kv_heads,
-        head_dim=section.head_dim,
-        vocab_size=section.vocab_size,
-        max_positions=section.max_positions,
-        norm_eps=section.norm_eps,
-        tie_embeddings=section.tie_embeddings,
-        rope=rope,
-        sparse_rope=rope,
-        is_full=(True,) * section.num_layers,
-    )
+    shape = section_shape(section)
     # transformers is imported where it is used: it takes seconds, also where nothing is to be done.
     from model.random_llama import save_random_llama
 

@@ -30,6 +30,10 @@ NOT_THE_RESULT = (
     "hang_seconds",
     "micro_batch_rows",
     "recompute",
+    # They decide at what the run stumbles; told to stop, a user mends them and goes on.
+    "non_finite",
+    "spike_sigmas",
+    "spike_window",
 )
 
 
@@ -74,14 +78,13 @@ def run(context: StageContext) -> dict[str, Any]:
     layout = Layout(config.parallel, torch.device(config.device))
     # megatron-core and DeepSpeed may be imported only once the layout stands.
     from data_prep.shards import PackedRows
-    from model.gpt import HybridGPT, transformer_config
     from pipeline.training.checkpoint import (
         Checkpointer,
         Progress,
         fill_masters,
         weights_reader,
     )
-    from pipeline.training.engine import build_engine
+    from pipeline.training.engine import build_engine, build_model
     from pipeline.training.loader import Loader
     from pipeline.training.loop import TRIGGER, Trainer
 
@@ -93,17 +96,7 @@ def run(context: StageContext) -> dict[str, Any]:
         shape.save(out / "model.json")
     log.info("layers %s, pattern %s", describe_schedule(shape.is_full), shape.pattern)
     log.info("to save and stop: touch %s", out / TRIGGER)
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    megatron = transformer_config(
-        shape,
-        dtype,
-        tensor=config.parallel.tensor,
-        ulysses=config.parallel.ulysses,
-        sequence_parallel=config.parallel.sequence_parallel,
-        recompute=train.recompute == "full",
-        initialize=False,
-    )
-    model = HybridGPT(shape, megatron, config.data.seq_length).to(layout.device)
+    model = build_model(config, shape, layout)
     weights = WeightFolder(context.folder("convert"))
     odd = sorted({name for name, _ in model.named_parameters()} ^ set(weights))
     if odd:

@@ -189,18 +189,20 @@ def _training(metrics: list[Record], old_context: int, pictures: Pictures) -> li
         rows = [
             (
                 f"{r['step']:,}",
-                f"{r['loss']:.4f}",
+                "not finite" if r["loss"] is None else f"{r['loss']:.4f}",
                 f"{r['lr']:.2e}",
-                f"{r['grad_norm']:.3f}",
+                "not finite" if r["grad_norm"] is None else f"{r['grad_norm']:.3f}",
                 f"{r['tokens_per_second']:,.0f}",
             )
             for r in train
         ]
+        left_out = [f"step {r['step']:,}: {r['skipped']}" for r in train if r.get("skipped")]
+        said = f" Steps that were not taken: {'; '.join(left_out)}." if left_out else ""
         sections.append(
             Section(
                 "Training loss",
                 "Mean loss of each step's batch, and of the held-out rows at the steps at which "
-                "they were tried.",
+                f"they were tried.{said}",
                 pictures.save("training_loss", figures.training_loss(train, validation)),
                 Table(("Step", "Loss", "LR", "Gradient norm", "Tokens/s"), rows),
             )

@@ -146,6 +146,11 @@ class Checkpointer:
             self._write(pieces, stored)
         return time.perf_counter() - started
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is being written in the background."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> float:
         """Seconds that the writing of the last save took; returns when it is whole.
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.schema import ParallelSection, TrainSection
+from model.config import ModelConfig
+from pipeline.schema import Config, ParallelSection, TrainSection
 from pipeline.training.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,6 +70,23 @@ class Fragment:
     def stop(self) -> int:
         """One beyond the last element of the shard that it holds."""
         return self.start + self.states["master"].numel()
+
+
+def build_model(config: Config, shape: ModelConfig, layout: Layout) -> torch.nn.Module:
+    """HybridGPT of this shape on the layout, its weights still to be filled."""
+    from model.gpt import HybridGPT, transformer_config
+
+    parallel = config.parallel
+    megatron = transformer_config(
+        shape,
+        torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        tensor=parallel.tensor,
+        ulysses=parallel.ulysses,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=config.train.recompute == "full",
+        initialize=False,
+    )
+    return HybridGPT(shape, megatron, config.data.seq_length).to(layout.device)
 
 
 def build_engine(

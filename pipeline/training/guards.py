@@ -9,12 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.manifest import StageError
+from pipeline.manifest import STOPPED_BY_FILE, StageError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# EX_TEMPFAIL of sysexits.h: a run that a file stopped may be started again as it is. Above every
-# signal's number, so that the maximum over the ranks is one answer.
-TRIGGERED = 75
 
 
 class StopRequest:
@@ -45,9 +42,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wanted(self) -> int:
-        """0, the signal's number, or TRIGGERED; what was seen once stays seen."""
+        """0, the signal's number, or STOPPED_BY_FILE; what was seen once stays seen."""
         if self.trigger.exists():
-            self._wanted = TRIGGERED
+            self._wanted = STOPPED_BY_FILE
         return self._wanted
 
     def consume(self) -> None:

@@ -37,7 +37,8 @@ class Layout:
         Raises:
             StageError: where the world is not the one that the configuration divides.
         """
-        megatron_on_cpu.install()
+        if device.type == "cpu":
+            megatron_on_cpu.install()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

@@ -119,6 +119,7 @@ class Watchdog:
         # An earlier hang's stacks stay. Unbuffered, for faulthandler writes to the descriptor.
         self._file = self.path.open("ab", buffering=0)
         self._arm()
+        self._over.clear()
         loops = [self._judge] if self._store is None else [self._judge, self._talk]
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
         for thread in self._threads:
@@ -136,9 +137,9 @@ class Watchdog:
             # A call to a dead store may never return.
             thread.join(self.grace)
         faulthandler.cancel_dump_traceback_later()
+        if not os.fstat(self._file.fileno()).st_size:
+            self.path.unlink(missing_ok=True)
         self._file.close()
-        if not self.path.stat().st_size:
-            self.path.unlink()
 
     def beat(self, what: str, allowance: float | None = None) -> None:
         """Note that the main thread begins `what`; it may take `timeout` or `allowance` seconds.
@@ -226,7 +227,7 @@ class Watchdog:
         faulthandler.dump_traceback(self._file, all_threads=True)
         log.error(
             "%s. Stacks are in %s; rank %d ends with code %d, the last checkpoint is untouched. "
-            "If this was only slow, raise train.hang_timeout",
+            "If this was only slow, raise train.hang_seconds",
             self._verdict,
             self.path.with_name("hang_rank_*.txt"),
             self.rank,

@@ -16,49 +16,10 @@ from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline import runner
-from pipeline.manifest import StageError, StageStopped, changed_keys
+from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped, changed_keys
 from pipeline.validation import CHAIN, parse
+from tests.pipeline.fake_stages import FakeStages, raising
 from tests.pipeline.running import composed, refused, run
-
-INPUTS = {
-    "fetch": (),
-    "data_prep": ("fetch",),
-    "convert": ("fetch",),
-    "finetune": ("data_prep", "convert"),
-    "export": lambda config: ("convert", "finetune"),
-    "evaluate": ("export",),
-    "report": ("evaluate",),
-    "generate": ("export",),
-}
-SECTIONS = {
-    "fetch": lambda c: {"source": c.model.source},
-    "data_prep": lambda c: {"seq_length": c.data.seq_length},
-    "finetune": lambda c: {"train": {"clip": c.train.clip, "seed": c.train.seed}},
-}
-
-
-class FakeStages:
-    """Modules of stages that write one file, `calls` of them, and `act` for what one shall do."""
-
-    def __init__(self):
-        self.calls, self.acts = [], {}
-        self.modules = {name: self._module(name) for name in INPUTS}
-
-    def _module(self, name):
-        def stage(context):
-            self.calls.append(name)
-            told = [context.folder(n).name for n in runner.stage_inputs(name, context.config)]
-            with (context.out / "work").open("a") as file:
-                file.write(f"{name} {told}\n")
-            return self.acts.get(name, lambda context: {"number": len(self.calls)})(context)
-
-        return SimpleNamespace(
-            INPUTS=INPUTS[name],
-            RESUMABLE=name == "finetune",
-            ALWAYS=name == "generate",
-            depends_on=SECTIONS.get(name, lambda config: {}),
-            run=stage,
-        )
 
 
 @pytest.fixture
@@ -74,13 +35,6 @@ def at(tmp_path):
     return SimpleNamespace(
         outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main", root=tmp_path
     )
-
-
-def raising(error):
-    def act(context):
-        raise error
-
-    return act
 
 
 def written(folder):
@@ -251,14 +205,6 @@ def test_one_process_at_a_time_in_a_folder(stages, at, capsys):
     assert stages.calls == ["fetch"]
 
 
-def test_several_processes_are_refused_before_any_work(stages, at, capsys):
-    world = [at.outputs, "parallel.gpus_per_node=2"]
-    message = refused(capsys, *world)
-    assert message.startswith("world size=2: finetune runs on one process in this version; set")
-    assert stages.calls == []
-    assert run(capsys, *world, "stage=fetch")[0] == 0
-
-
 def test_an_untrained_control_pays_for_no_training(stages, at, capsys):
     stages.modules["export"].INPUTS = ("convert",)
     assert run(capsys, at.outputs, "export.source=convert")[0] == 0
@@ -293,6 +239,7 @@ def test_unfinished_work_of_another_configuration_is_not_lost(stages, at, capsys
     [
         (StageStopped(signal.SIGTERM), 143, "stopped by SIGTERM after a save; the same command"),
         (StageStopped(signal.SIGINT), 130, "stopped by SIGINT after a save; the same command"),
+        (StageStopped(STOPPED_BY_FILE), 75, "stopped by the trigger file after a save; the same"),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
     ],
 )
@@ -387,3 +334,29 @@ def test_the_terminal_gets_each_line_once(stages, at, capsys):
     runner._log_to_terminal()
     assert len(log.handlers) == 1 and not log.propagate
     log.handlers.clear()
+
+
+def test_several_nodes_are_for_torchrun(stages, at, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    world = [at.outputs, "parallel.nodes=2", "parallel.gpus_per_node=2", "train.micro_batch_rows=1"]
+    for stage in ("chain", "finetune"):
+        message = refused(capsys, *world, f"stage={stage}")
+        assert message.startswith("parallel.nodes=2: this process starts workers on its own")
+        assert "torchrun --nnodes=2 --nproc-per-node=2 ... pipeline/run.py stage=fine" in message
+    assert stages.calls == []
+    assert run(capsys, *world, "stage=fetch")[0] == 0
+    # An untrained control needs no workers.
+    stages.modules["export"].INPUTS = ("convert",)
+    assert run(capsys, *world, "export.source=convert")[0] == 0
+
+
+def test_more_gpus_than_the_machine_shows(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    config = parse(composed("parallel.gpus_per_node=2"))
+    config.device = "cuda"
+    monkeypatch.setattr(runner, "is_distributed", lambda stage: stage == "finetune")
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(runner.ConfigError, match="gpus_per_node=2: this machine shows 1 CUDA"):
+        runner.refuse_processes(config, ("finetune",), runner.Team())
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    runner.refuse_processes(config, ("finetune",), runner.Team())

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.schema import ParallelSection, TrainSection
+from pipeline.schema import Config, ParallelSection, TrainSection
 from tests.tiny import PATTERNS, tiny_config, tiny_llama
 
 LENGTH, ROWS = 48, 16
@@ -64,23 +64,14 @@ def whole_weights(config):
 
 def small_engine(config, parallel, train, device="cpu"):
     """(engine, layout) with the tiny llama's weights."""
-    from model.gpt import HybridGPT, transformer_config
     from pipeline.training.checkpoint import fill_masters
-    from pipeline.training.engine import build_engine
+    from pipeline.training.engine import build_engine, build_model
     from pipeline.training.layout import Layout
 
     layout = Layout(parallel, torch.device(device))
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    megatron = transformer_config(
-        config,
-        dtype,
-        tensor=parallel.tensor,
-        ulysses=parallel.ulysses,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=train.recompute == "full",
-        initialize=False,
-    )
-    model = HybridGPT(config, megatron, LENGTH).to(layout.device)
+    whole = Config(parallel=parallel, train=train)
+    whole.data.seq_length = LENGTH
+    model = build_model(whole, config, layout)
     engine = build_engine(model, train, parallel, layout)
     weights = whole_weights(config)
     fill_masters(engine, config, layout, lambda name, within: weights[name][within])

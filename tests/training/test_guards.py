@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from pipeline.manifest import StageError
-from pipeline.training.guards import TRIGGERED, StepGuard, StopRequest
+from pipeline.manifest import STOPPED_BY_FILE, StageError
+from pipeline.training.guards import StepGuard, StopRequest
 
 NAN, INF = float("nan"), float("inf")
 
@@ -51,10 +51,10 @@ def test_a_file_asks_for_a_stop_once(tmp_path):
     with StopRequest(trigger) as stop:
         assert stop.wanted() == 0
         trigger.touch()
-        assert stop.wanted() == TRIGGERED
+        assert stop.wanted() == STOPPED_BY_FILE
         stop.consume()
         # Other ranks may ask after the file has gone.
-        assert stop.wanted() == TRIGGERED
+        assert stop.wanted() == STOPPED_BY_FILE
     assert not trigger.exists()
     with StopRequest(trigger) as stop:
         assert stop.wanted() == 0
@@ -65,12 +65,13 @@ def test_the_file_does_not_hide_a_second_signal(tmp_path):
     """One answer for all ranks, the larger one; Ctrl-C after the file still ends in good order."""
     (tmp_path / "stop").touch()
     with StopRequest(tmp_path / "stop") as stop:
-        assert stop.wanted() == TRIGGERED
+        assert stop.wanted() == STOPPED_BY_FILE
+        stop.consume()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wanted() == TRIGGERED
+        assert stop.wanted() == STOPPED_BY_FILE
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-    assert max(signal.valid_signals()) < TRIGGERED
+    assert max(signal.valid_signals()) < STOPPED_BY_FILE
 
 
 # Values that are not finite.

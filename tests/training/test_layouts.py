@@ -17,6 +17,8 @@ from tests.training.small_training import (
 from tests.training.worlds import run_world
 
 STEPS = 3
+# On a GPU these go through the kernels that training uses there.
+FLEX_CASES = [("per_head", 2)]
 LAYOUTS = {
     "tp2": {"world": 2, "tensor": 2},
     "tp2_sp": {"world": 2, "tensor": 2, "sequence_parallel": True},
@@ -29,18 +31,37 @@ LAYOUTS = {
     "tp2_zero3": {"world": 4, "tensor": 2, "sequence_parallel": True, "zero_stage": 3},
     "ulysses2_zero2": {"world": 4, "ulysses": 2, "zero_stage": 2},
     "ulysses4_zero1": {"world": 4, "ulysses": 4},
+    "ulysses2_zero3": {"world": 4, "ulysses": 2, "zero_stage": 3},
+    "tp2_zero2_offload": {
+        "world": 4,
+        "tensor": 2,
+        "sequence_parallel": True,
+        "zero_stage": 2,
+        "optimizer_offload": True,
+    },
+    "zero3_offload": {"world": 2, "zero_stage": 3, "optimizer_offload": True},
 }
 
 
-def measure(layout, cases, device="cpu"):
+def tiled_on_gpu(patched):
+    """The sparse layers by the path that needs no compiler: layouts are what is compared here."""
+    import kernels.flex
+    from kernels.tiled import TiledAttention
+
+    patched(kernels.flex, "flex_sparse_attention", TiledAttention.apply)
+
+
+def measure(layout, cases, device="cpu", **changes):
     """For each case [(loss, gradient norm)] of each step and the held-out loss after them."""
     from pipeline.training import engine as engine_module
 
     # Otherwise ZeRO 3 would keep all of so small a model whole.
     engine_module.ZERO3_KEPT_WHOLE = 0
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device == "cuda" and cases != FLEX_CASES:
+        tiled_on_gpu(setattr)
     parallel = parallel_section(**layout)
-    train = small_train(micro_batch_rows=rows_a_process(parallel))
+    train = small_train(micro_batch_rows=rows_a_process(parallel), **changes)
     found = {}
     for pattern, kv_heads in cases:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +95,44 @@ def test_losses_and_gradient_norms_are_those_of_one_process(name, one_process):
     layout = LAYOUTS[name]
     for found in run_world(layout["world"], measure, layout, CASES):
         assert_same(found, one_process)
+
+
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+def measure_recomputed(layout, cases):
+    return measure(layout, cases, recompute="full")
+
+
+@pytest.mark.parametrize("name", ["tp2_ulysses2", "tp2_zero3"])
+def test_recomputation_changes_nothing(name, one_process):
+    cases = [("per_head", 2)]
+    layout = LAYOUTS[name]
+    for found in run_world(layout["world"], measure_recomputed, layout, cases):
+        assert_same(found, {case: one_process[case] for case in cases})
+
+
+TWO_PROCESSES = [name for name, layout in LAYOUTS.items() if layout["world"] == 2]
+
+
+@pytest.fixture(scope="module")
+def one_gpu():
+    return {
+        len(cases): run_world(1, measure, {"world": 1}, cases, "cuda", gpu=True, timeout=300)[0]
+        for cases in (CASES, FLEX_CASES)
+    }
+
+
+@pytest.mark.multigpu
+@needs_two_gpus
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [(name, CASES) for name in TWO_PROCESSES] + [(n, FLEX_CASES) for n in ("tp2_sp", "ulysses2")],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}_cases",
+)
+def test_two_gpus_over_nccl_give_what_one_gives(name, cases, one_gpu):
+    for found in run_world(2, measure, LAYOUTS[name], cases, "cuda", gpu=True, timeout=300):
+        assert_same(found, one_gpu[len(cases)])
 
 
 def without_norm_sums(monkeypatched):

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from model.loss import IGNORED
-from pipeline.manifest import StageError, StageStopped
+from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
 from pipeline.schema import WandbSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.engine import inner_optimizer, learning_rate
-from pipeline.training.guards import TRIGGERED
 from pipeline.training.loader import collate
 from pipeline.training.metrics import Metrics, PositionLosses
 from tests.tiny import tiny_gpt, tiny_llama
@@ -172,7 +171,7 @@ def test_a_file_saves_and_stops_at_the_step_edge_and_is_gone(layout, tmp_path):
     trainer.step = step
     with pytest.raises(StageStopped) as stopped:
         trainer.run(start)
-    assert stopped.value.exit_code == TRIGGERED
+    assert stopped.value.exit_code == STOPPED_BY_FILE
     assert checkpoint.newest(tmp_path).name == "step_000003"
     assert not (tmp_path / "stop").exists()
     again, start = make_trainer(tmp_path)

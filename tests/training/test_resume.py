@@ -1,9 +1,12 @@
 """A checkpoint outlives its layout: saved on one, continued on any other."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.small_training import (
     parallel_section,
@@ -12,6 +15,7 @@ from tests.training.small_training import (
     small_train,
     small_trainer,
 )
+from tests.training.test_layouts import needs_two_gpus, tiled_on_gpu
 from tests.training.worlds import run_world
 
 CASE = ("per_head", 2)
@@ -24,7 +28,7 @@ LAYOUTS = {
 }
 
 
-def train(layout, folders, steps, precision="fp32"):
+def train(layout, folders, steps, precision="fp32", device="cpu"):
     """Train on in each folder, to `steps`: for each, what every step measured and which rows it
     read."""
     from pipeline.training import engine as engine_module
@@ -39,9 +43,16 @@ def train(layout, folders, steps, precision="fp32"):
         micro_batch_rows=rows_a_process(parallel),
         precision=precision,
     )
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        # cuBLAS needs a fixed workspace to repeat its sums.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        tiled_on_gpu(setattr)
     found = []
     for folder in folders:
-        trainer, start = small_trainer(small_config(*CASE), parallel, section, Path(folder))
+        config = small_config(*CASE)
+        trainer, start = small_trainer(config, parallel, section, Path(folder), device)
         loader, rows = trainer.loader, {}
         honest = loader.step
 
@@ -62,7 +73,6 @@ def losses(folder):
 
 def resumed(folder, step):
     """A copy of the run in `folder` as it was when the checkpoint of `step` was whole."""
-    import shutil
 
     def copy(to):
         shutil.copytree(folder, to)
@@ -86,12 +96,22 @@ def saved(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_continues_what_any_layout_saved(name, saved, tmp_path):
+def continue_everywhere(names, name, saved, tmp_path, device="cpu"):
+    """Resume on the layout `name` what each of `names` saved, and compare with what it did."""
     layout = LAYOUTS[name]
-    folders = [resumed(saved[other][0], 2)(tmp_path / other) for other in LAYOUTS]
-    everyones = run_world(layout["world"], train, layout, [str(f) for f in folders], 4)
-    for index, other in enumerate(LAYOUTS):
+    folders = [resumed(saved[other][0], 2)(tmp_path / other) for other in names]
+    everyones = run_world(
+        layout["world"],
+        train,
+        layout,
+        [str(folder) for folder in folders],
+        4,
+        "fp32",
+        device,
+        gpu=device == "cuda",
+        timeout=300,
+    )
+    for index, other in enumerate(names):
         folder, rows = saved[other]
         whole, again = losses(folder), losses(folders[index])
         assert sorted(again) == sorted(whole) == [1, 2, 3, 4]
@@ -101,6 +121,29 @@ def test_continues_what_any_layout_saved(name, saved, tmp_path):
                 assert again[step] == whole[step]
             else:
                 assert again[step] == pytest.approx(whole[step], rel=1e-5), (other, step)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_continues_what_any_layout_saved(name, saved, tmp_path):
+    continue_everywhere(LAYOUTS, name, saved, tmp_path)
+
+
+ON_TWO_GPUS = ("tp2", "ulysses2", "zero3")
+
+
+@pytest.mark.multigpu
+@needs_two_gpus
+def test_two_gpus_continue_what_any_layout_saved(tmp_path):
+    found = {}
+    for name in ON_TWO_GPUS:
+        folder = tmp_path / "saved" / name
+        folder.mkdir(parents=True)
+        layout = LAYOUTS[name]
+        arguments = (layout, [str(folder)], 4, "fp32", "cuda")
+        everyones = run_world(layout["world"], train, *arguments, gpu=True, timeout=300)
+        found[name] = folder, everyones[0][0]
+    for name in ON_TWO_GPUS:
+        continue_everywhere(ON_TWO_GPUS, name, found, tmp_path / name, "cuda")
 
 
 @pytest.mark.parametrize("name", ["zero3", "tp2_zero1"])

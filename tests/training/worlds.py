@@ -38,9 +38,9 @@ def run_world(size, function, *arguments, gpu=False, timeout=120):
         AssertionError: with the traceback of the rank that failed, or on a hang; none survives.
     """
     context = multiprocessing.get_context("spawn" if gpu else "forkserver")
-    os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not gpu:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         context.set_forkserver_preload(["tests.training.preload"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

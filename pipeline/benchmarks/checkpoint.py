@@ -1,0 +1,115 @@
+"""What a checkpoint costs: how long training stands still, how long it writes, how large it is."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.cost import parameters
+from pipeline.manifest import StageContext
+from pipeline.schema import section_shape
+from pipeline.stages.finetune import hybrid_config
+from pipeline.training.layout import Layout
+
+WARM_UP = 3
+
+
+class RandomRows:
+    """Packed rows of random tokens, two documents each: always the same lengths, lest some backend
+    compiles while the clock runs."""
+
+    def __init__(self, length: int, vocab: int) -> None:
+        self.length, self.vocab = length, vocab
+
+    def __len__(self) -> int:
+        return 1024
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        tokens = np.random.default_rng(index).integers(0, self.vocab, self.length)
+        return tokens, np.array([self.length // 4, self.length - self.length // 4]), 0
+
+
+def measure(context: StageContext) -> tuple[dict[str, Any], int]:
+    """(figures, this process's rank). Seconds, and bytes per parameter on disk."""
+    config, folder = context.config, context.out / "checkpoints"
+    layout = Layout(config.parallel, torch.device(config.device))
+    from pipeline.training.checkpoint import Checkpointer, Progress, fill_masters
+    from pipeline.training.engine import build_engine, build_model
+    from pipeline.training.loader import Loader
+    from pipeline.training.loop import Trainer
+
+    train, shape = config.train, hybrid_config(section_shape(config.model), config)
+    model = build_model(config, shape, layout)
+    engine = build_engine(model, train, config.parallel, layout)
+    generator = torch.Generator(layout.device).manual_seed(train.seed)
+
+    def random_block(name: str, within: tuple[slice, ...]) -> torch.Tensor:
+        size = [part.stop - part.start for part in within]
+        if len(size) == 1:
+            return torch.ones(size)
+        return torch.randn(size, generator=generator, device=layout.device) * 0.02
+
+    fill_masters(engine, shape, layout, random_block)
+    rows = RandomRows(config.data.seq_length, shape.vocab_size)
+    loader = Loader(
+        rows,
+        rows_per_step=train.rows_per_step,
+        micro_batch_rows=train.micro_batch_rows,
+        seed=train.seed,
+        document_mask=train.document_mask,
+        rank=layout.rows_rank,
+        size=layout.rows_size,
+        ulysses_rank=layout.ulysses_rank,
+        ulysses_size=layout.ulysses_size,
+    )
+    savers = {
+        background: Checkpointer(engine, shape, layout, folder, keep_last=1, background=background)
+        for background in (True, False)
+    }
+    trainer = Trainer(engine, layout, shape, train, loader, rows, None, savers[True], context.out)
+    done = 0
+
+    def step() -> float:
+        nonlocal done
+        seconds = trainer.step(done, done * train.rows_per_step)["seconds"]
+        done += 1
+        return seconds
+
+    for _ in range(WARM_UP):
+        step()
+    quiet = statistics.median(step() for _ in range(config.benchmark.repeats))
+    blocked, written, beside = [], [], []
+    for _ in range(config.benchmark.repeats):
+        blocked.append(savers[True].save(Progress(done, done)))
+        # Steps while the writer is at work, and only those.
+        while savers[True].writing:
+            beside.append(step())
+        written.append(savers[True].wait())
+    started = time.perf_counter()
+    savers[False].save(Progress(done, done))
+    foreground = time.perf_counter() - started
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    started = time.perf_counter()
+    savers[True].load()
+    loaded = time.perf_counter() - started
+    for saver in savers.values():
+        saver.close()
+    if layout.rank == 0:
+        shutil.rmtree(folder)
+    figures = {
+        "parameters": parameters(shape),
+        "bytes_per_parameter": round(size / parameters(shape), 4),
+        "seconds_blocked_first_save": round(blocked[0], 3),
+        "seconds_blocked": round(statistics.median(blocked[1:]), 3),
+        "seconds_in_the_background": round(statistics.median(written), 2),
+        "seconds_blocked_without_background": round(foreground, 2),
+        "seconds_to_load_and_verify": round(loaded, 2),
+        "seconds_a_step": round(quiet, 3),
+        "seconds_a_step_while_writing": round(statistics.median(beside), 3) if beside else None,
+    }
+    return figures, layout.rank
