@@ -29,6 +29,21 @@ def test_readme_figures_are_as_measured():
     assert round(measured["training_tokens"] / 1e6) == int(millions[1])
 
 
+def test_a_checkpoints_cost_is_as_measured():
+    text = " ".join((ROOT / "docs/several_gpus.md").read_text().split())
+    measured = json.loads((RESULTS / "checkpoint_1b.json").read_text())["figures"]
+    for pattern, key in (
+        (r"stands still for ([\d.]+) s", "seconds_blocked"),
+        (r"the first time ([\d.]+) s", "seconds_blocked_first_save"),
+        (r"writing takes ([\d.]+) s", "seconds_in_the_background"),
+        (r"([\d.]+) bytes per parameter", "bytes_per_parameter"),
+    ):
+        assert float(re.search(pattern, text)[1]) == round(
+            measured[key], 4 if "bytes" in key else 2
+        )
+    assert re.search(r"model of ([\d.]+) billion", text)[1] == f"{measured['parameters'] / 1e9:.2f}"
+
+
 def test_kv_bytes_are_the_patterns():
     """The measured cache is what the pattern's definition says, to the byte."""
     with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:
@@ -41,8 +56,9 @@ def test_kv_bytes_are_the_patterns():
 
 
 def test_files_the_readme_names_exist():
-    for name in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / name).exists(), name
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+            assert (page.parent / name).exists(), name
     for line in re.findall(r"(?<=```\nconf/)(.*?)```", README, flags=re.S)[0].splitlines():
         folder = line.split("/")[0] if re.match(r"\w+/", line) else None
         if folder:
