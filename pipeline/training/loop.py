@@ -221,9 +221,14 @@ class Trainer:
                     self.save(step, consumed)
                 if stopping:
                     self.checkpointer.wait()
-                    if self.layout.rank == 0:
-                        stop.consume()
+                    self._forget(stop)
                     raise StageStopped(stopping)
+            self._forget(stop)
+
+    def _forget(self, stop: StopRequest) -> None:
+        """Let the next start not stop for the same file."""
+        if self.layout.rank == 0:
+            stop.consume()
 
 
 def _told(value: float | None) -> str:
