@@ -56,17 +56,7 @@ def measure(context: StageContext) -> tuple[dict[str, Any], int]:
 
     fill_masters(engine, shape, layout, random_block)
     rows = RandomRows(config.data.seq_length, shape.vocab_size)
-    loader = Loader(
-        rows,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        seed=train.seed,
-        document_mask=train.document_mask,
-        rank=layout.rows_rank,
-        size=layout.rows_size,
-        ulysses_rank=layout.ulysses_rank,
-        ulysses_size=layout.ulysses_size,
-    )
+    loader = Loader.of(rows, train, layout)
     savers = {
         background: Checkpointer(engine, shape, layout, folder, keep_last=1, background=background)
         for background in (True, False)

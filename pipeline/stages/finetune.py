@@ -126,17 +126,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if layout.rank == 0:
         name = f"{config.name}/{config.variant}"
         metrics = Metrics(out, config.wandb, name, asdict(config), start)
-    loader = Loader(
-        rows,
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        seed=train.seed,
-        document_mask=train.document_mask,
-        rank=layout.rows_rank,
-        size=layout.rows_size,
-        ulysses_rank=layout.ulysses_rank,
-        ulysses_size=layout.ulysses_size,
-    )
+    loader = Loader.of(rows, train, layout)
     trainer = Trainer(engine, layout, shape, train, loader, held_out, metrics, checkpointer, out)
     try:
         trainer.run(start or Progress(0, 0))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from model.loss import IGNORED
+from pipeline.schema import TrainSection
+from pipeline.training.layout import Layout
 
 
 class Rows(Protocol):
@@ -116,6 +118,21 @@ class Loader:
         self.rank, self.size = rank, size
         self.ulysses_rank, self.ulysses_size = ulysses_rank, ulysses_size
         self._order: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, rows: Rows, train: TrainSection, layout: Layout) -> Loader:
+        """The loader of this process of `layout`."""
+        return cls(
+            rows,
+            rows_per_step=train.rows_per_step,
+            micro_batch_rows=train.micro_batch_rows,
+            seed=train.seed,
+            document_mask=train.document_mask,
+            rank=layout.rows_rank,
+            size=layout.rows_size,
+            ulysses_rank=layout.ulysses_rank,
+            ulysses_size=layout.ulysses_size,
+        )
 
     def row_index(self, consumed: int) -> int:
         """Which row comes after `consumed` rows: each epoch is a new permutation by the seed."""

@@ -1,6 +1,7 @@
 """What the tests of whole runs share: composed configurations and the lines that a run prints."""
 
 import logging
+import os
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,15 @@ from pipeline.runner import execute
 from pipeline.schema import register_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a launcher sets, or a process alone for itself.
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 register_defaults()
+
+
+def alone() -> dict[str, str]:
+    """The environment for a process of its own, without what another test's world has left."""
+    return {key: value for key, value in os.environ.items() if key not in WORLD}
 
 
 @cache

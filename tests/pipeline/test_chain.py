@@ -1,7 +1,6 @@
 """Every stage of a real run, from text to report, at the smallest size; and the same run killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.validation import CHAIN
-from tests.pipeline.running import ROOT, run
+from tests.pipeline.running import ROOT, alone, run
 from tests.pipeline.small_run import save_llama, save_text, small
 
 PATTERNS = {
@@ -33,8 +32,6 @@ def write(metrics, record):
 Metrics.write = write
 execute(composed(*sys.argv[2:]))
 """
-# What a launcher sets, or a process alone for itself.
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def pattern(name):
@@ -111,8 +108,7 @@ def test_killed_and_continued_is_never_stopped(root, capsys):
     assert run(capsys, *chain(root, name))[0] == 0
     again = chain(root, name, "variant=killed", "stage=finetune")
     threads = str(torch.get_num_threads())
-    alone = {key: value for key, value in os.environ.items() if key not in WORLD}
-    done = subprocess.run([sys.executable, "-c", KILLED, threads, *again], cwd=ROOT, env=alone)
+    done = subprocess.run([sys.executable, "-c", KILLED, threads, *again], cwd=ROOT, env=alone())
     assert done.returncode == -signal.SIGKILL
     folder = root / "outputs/small/killed"
     assert not (folder / "finetune").exists()

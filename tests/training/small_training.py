@@ -86,17 +86,7 @@ def small_trainer(config, parallel, train, folder, device="cpu", metrics=False):
     from pipeline.training.metrics import Metrics
 
     engine, layout = small_engine(config, parallel, train, device)
-    loader = Loader(
-        RandomRows(),
-        rows_per_step=train.rows_per_step,
-        micro_batch_rows=train.micro_batch_rows,
-        seed=1,
-        document_mask=train.document_mask,
-        rank=layout.rows_rank,
-        size=layout.rows_size,
-        ulysses_rank=layout.ulysses_rank,
-        ulysses_size=layout.ulysses_size,
-    )
+    loader = Loader.of(RandomRows(), train, layout)
     checkpointer = Checkpointer(
         engine,
         config,

@@ -14,16 +14,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.runner import execute
-from tests.pipeline.running import ROOT, composed, fresh_logger
+from tests.pipeline.running import ROOT, alone, composed, fresh_logger
 from tests.pipeline.small_run import save_llama, save_text, small
 
 STEPS = 90
 LAYOUT = ("parallel.gpus_per_node=2", "parallel.zero_stage=2", "parallel.restarts=100")
 
 
-# Without what a launcher sets, or another test's process group has left.
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-ALONE = {key: value for key, value in os.environ.items() if key not in WORLD}
 FIXED = ("device=cpu", "wandb.mode=disabled", "train.hang_seconds=60")
 
 
@@ -49,7 +46,7 @@ def root(tmp_path_factory):
     with fresh_logger():
         for stage in ("fetch", "data_prep", "convert"):
             assert execute(composed(*small(root, root / "model", f"stage={stage}"))) == 0
-    subprocess.run(command(root, "whole"), cwd=ROOT, check=True, env=ALONE)
+    subprocess.run(command(root, "whole"), cwd=ROOT, check=True, env=alone())
     return root
 
 
@@ -135,7 +132,7 @@ def test_killed_ranks_lose_and_double_nothing(root, kills, tmp_path):
             starts += 1
             assert starts <= kills + 2, printed.read_text()[-4000:]
             process = subprocess.Popen(
-                again, cwd=ROOT, env=ALONE, stdout=out, stderr=subprocess.STDOUT
+                again, cwd=ROOT, env=alone(), stdout=out, stderr=subprocess.STDOUT
             )
             while len(done) < kills and process.poll() is None:
                 killed = kill_one(process, folder.joinpath("finetune.partial"), dice)
