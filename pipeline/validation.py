@@ -151,6 +151,13 @@ def _check_parallel(config: Config) -> None:
             f"must divide model.num_kv_heads={model.num_kv_heads}",
             "lower parallel.tensor and raise parallel.ulysses",
         )
+    if model.ffn_hidden_size % parallel.tensor:
+        _refuse(
+            "parallel.tensor",
+            parallel.tensor,
+            f"must divide model.ffn_hidden_size={model.ffn_hidden_size}",
+            "lower parallel.tensor",
+        )
     kv_heads = model.num_kv_heads // parallel.tensor
     if kv_heads % parallel.ulysses and parallel.ulysses % kv_heads:
         _refuse(

@@ -119,6 +119,8 @@ REFUSALS = {
     "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
     "parallel.tensor=0": r"parallel.tensor=0: must be at least 1",
     "parallel.zero_stage=0": r"parallel.zero_stage=0: must be one of 1, 2, 3",
+    "model.ffn_hidden_size=345 parallel.gpus_per_node=2 parallel.tensor=2": r"parallel.tensor=2: "
+    r"must divide model.ffn_hidden_size=345",
     "parallel.restarts=-1": r"parallel.restarts=-1: must be at least 0",
     "model.num_heads=12 model.num_kv_heads=6 parallel.gpus_per_node=4 parallel.ulysses=4 "
     "train.rows_per_step=4": r"parallel.ulysses=4: must divide, or be a multiple of, the 6 KV",

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -18,23 +17,8 @@ from model.weights import WeightsError
 from pipeline import runner
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped, changed_keys
 from pipeline.validation import CHAIN, parse
-from tests.pipeline.fake_stages import FakeStages, raising
+from tests.pipeline.fake_stages import raising
 from tests.pipeline.running import composed, refused, run
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    fakes = FakeStages()
-    monkeypatch.setattr(runner, "stage_module", fakes.modules.__getitem__)
-    return fakes
-
-
-@pytest.fixture
-def at(tmp_path):
-    """The command's outputs, and its run's own folder."""
-    return SimpleNamespace(
-        outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main", root=tmp_path
-    )
 
 
 def written(folder):

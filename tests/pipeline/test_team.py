@@ -14,21 +14,8 @@ from torch.distributed import HashStore
 from pipeline import runner, team
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
 from pipeline.team import Team
-from tests.pipeline.fake_stages import FakeStages, raising
+from tests.pipeline.fake_stages import raising
 from tests.pipeline.running import composed, fresh_logger, refused, run
-
-
-@pytest.fixture
-def stages(monkeypatch):
-    fakes = FakeStages()
-    monkeypatch.setattr(runner, "stage_module", fakes.modules.__getitem__)
-    return fakes
-
-
-@pytest.fixture
-def at(tmp_path):
-    """The command's outputs, and its run's own folder."""
-    return SimpleNamespace(outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main")
 
 
 class Ranks:

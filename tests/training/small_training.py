@@ -1,5 +1,7 @@
 """Training steps of a tiny model in whatever world the process is in."""
 
+import json
+
 import numpy as np
 import torch
 
@@ -103,6 +105,12 @@ def small_trainer(config, parallel, train, folder, device="cpu", metrics=False):
     return Trainer(
         engine, layout, config, train, loader, held_out, record, checkpointer, folder
     ), start
+
+
+def train_losses(folder):
+    """{step: (loss, gradient norm)} of the record in a run's folder."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "train"}
 
 
 def parallel_section(world=1, **changes):

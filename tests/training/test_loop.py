@@ -1,6 +1,5 @@
 """The step's maths against plain PyTorch, resume without a trace, and what stops a run."""
 
-import json
 import os
 import signal
 
@@ -24,6 +23,7 @@ from tests.training.small_training import (
     small_config,
     small_train,
     small_trainer,
+    train_losses,
 )
 
 CONFIG = small_config("sink", 2)
@@ -42,11 +42,6 @@ def train_whole(folder, **changes):
     trainer, start = make_trainer(folder, **changes)
     trainer.run(start)
     return trainer
-
-
-def train_losses(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "train"}
 
 
 def test_steps_equal_plain_pytorch(layout, tmp_path):

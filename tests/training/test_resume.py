@@ -1,6 +1,5 @@
 """A checkpoint outlives its layout: saved on one, continued on any other."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from tests.training.small_training import (
     small_config,
     small_train,
     small_trainer,
+    train_losses,
 )
 from tests.training.test_layouts import needs_two_gpus, tiled_on_gpu
 from tests.training.worlds import run_world
@@ -66,11 +66,6 @@ def train(layout, folders, steps, precision="fp32", device="cpu"):
     return found
 
 
-def losses(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "train"}
-
-
 def resumed(folder, step):
     """A copy of the run in `folder` as it was when the checkpoint of `step` was whole."""
 
@@ -113,7 +108,7 @@ def continue_everywhere(names, name, saved, tmp_path, device="cpu"):
     )
     for index, other in enumerate(names):
         folder, rows = saved[other]
-        whole, again = losses(folder), losses(folders[index])
+        whole, again = train_losses(folder), train_losses(folders[index])
         assert sorted(again) == sorted(whole) == [1, 2, 3, 4]
         assert everyones[0][index] == {at: rows[at] for at in (8, 12)}
         for step in (3, 4):
@@ -154,4 +149,4 @@ def test_bf16_continues_bit_equal_on_its_layout(name, tmp_path):
     run_world(layout["world"], train, layout, [str(whole)], 4, "bf16")
     again = resumed(whole, 2)(tmp_path / "again")
     run_world(layout["world"], train, layout, [str(again)], 4, "bf16")
-    assert losses(again) == losses(whole)
+    assert train_losses(again) == train_losses(whole)

@@ -1,0 +1,23 @@
+"""Fake stages in the runner's place, and where a command writes."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import runner
+from tests.pipeline.fake_stages import FakeStages
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    fakes = FakeStages()
+    monkeypatch.setattr(runner, "stage_module", fakes.modules.__getitem__)
+    return fakes
+
+
+@pytest.fixture
+def at(tmp_path):
+    """The command's outputs, and its run's own folder."""
+    return SimpleNamespace(
+        outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main", root=tmp_path
+    )
