@@ -1,4 +1,4 @@
-"""Sparse layers on CUDA through torch's FlexAttention.
+"""Sparse layers on CUDA through torch's FlexAttention: a named choice, to compare with.
 
 The block mask of a row is built once per (pattern, documents) and shared by all layers.
 Shapes: T packed tokens, N query heads, G KV heads, H head dim.
@@ -9,8 +9,14 @@ from __future__ import annotations
 from functools import cache, lru_cache
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
+from .call import Call
 from .pattern import Pattern
 
 # FlexAttention's Triton backend fails on blocks of 64; the mask stays exact, token by token.
@@ -51,18 +57,22 @@ def _block_mask(
 
 
 def flex_sparse_attention(
-    q_TNH: torch.Tensor,
-    k_TGH: torch.Tensor,
-    v_TGH: torch.Tensor,
-    pattern: Pattern,
-    cu_seqlens: list[int],
-    first: int,
-    total: int,
-    scale: float,
-) -> torch.Tensor:
-    """out [T, N, H]; arguments as in sparse_attention, `cu_seqlens` on the host."""
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, call: Call, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out [T, N, H], LSE [N, T] or None), with autograd of its own."""
     heads, kv_heads = q_TNH.shape[1], k_TGH.shape[1]
-    mask = _block_mask(pattern, tuple(cu_seqlens), heads, kv_heads, first, total, q_TNH.device)
+    place = (call.first_kv_head, call.total_kv_heads)
+    mask = _block_mask(call.pattern, call.bounds, heads, kv_heads, *place, q_TNH.device)
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
-    out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=heads != kv_heads)
-    return out[0].transpose(0, 1)
+    aux = AuxRequest(lse=True) if with_lse else None
+    found = _compiled()(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=call.scale,
+        enable_gqa=heads != kv_heads,
+        return_aux=aux,
+    )
+    out, lse = (found[0], found[1].lse[0]) if with_lse else (found, None)
+    return out[0].transpose(0, 1), lse

@@ -1,25 +1,183 @@
 """The public call: attention of packed documents over a pattern, on whatever device they are.
 
+Sparse patterns run through two operators of torch's library, longgen::sparse_attention_fwd and
+longgen::sparse_attention_bwd, so that torch.compile and the policies of selective checkpointing see
+them. Saved for backward: q, k, v, out, LSE (and cu_seqlens).
+
 Shapes: T packed tokens, N query heads, G KV heads, H head dim.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from .call import Call, check_heads, check_tensors, host_bounds
 from .dense import dense_attention
 from .pattern import Pattern
-from .tiled import TiledAttention
 
 log = logging.getLogger("longgen.kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How one backend runs a call.
+
+    supports(q, call) -> None, or the reason why not, with the remedy.
+    forward(q, k, v, call) -> (out [T, N, H], natural-log LSE [N, T] float32).
+    backward(q, k, v, out, lse, d_out, d_lse or None, call) -> (dq, dk, dv).
+    Tensors may be views whose last dim is not contiguous; what is returned is contiguous.
+    """
+
+    supports: Callable
+    forward: Callable
+    backward: Callable
+
+
+def _hopper() -> Backend:
+    from .hopper import backward, forward, supports
+
+    return Backend(supports, forward, backward)
+
+
+def _triton() -> Backend:
+    from .triton_attention import backward, forward, supports
+
+    return Backend(supports, forward, backward)
+
+
+def _tiled() -> Backend:
+    from .tiled import backward, forward, supports
+
+    return Backend(supports, forward, backward)
+
+
+# Loaded when first used: an export folder runs where there is no Triton.
+BACKENDS = {"hopper": _hopper, "triton": _triton, "tiled": _tiled}
+FLEX = "flex"
+# By kind of device, the fastest first: the first one that supports the call runs it. Elsewhere that
+# is the tiled one. On GPUs ("hopper", "triton") and ("triton",) take FlexAttention's place when
+# their tests have run there.
+FASTEST = {"hopper": (FLEX,), "cuda": (FLEX,)}
 
 
 @cache
 def _say_once(backend: str, device: str) -> None:
     log.info("sparse layers on %s run by %s", device, backend)
+
+
+def _kind(device: torch.device) -> str:
+    """Of FASTEST: a CUDA GPU of compute capability 9.0 is a Hopper one."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return "hopper" if hopper else device.type
+
+
+def _choose(q_TNH: torch.Tensor, call: Call, name: str | None) -> Backend:
+    """The backend of that name, or the fastest that supports the call.
+
+    Raises:
+        ValueError: where none does, or not the named one.
+    """
+    if name is not None and name not in BACKENDS:
+        legal = ", ".join((*BACKENDS, FLEX))
+        raise ValueError(f"backend={name!r}: must be one of {legal} or None for the fastest")
+    reasons = []
+    fastest = FASTEST.get(_kind(q_TNH.device), ("tiled",))
+    for candidate in fastest if name is None else (name,):
+        backend = BACKENDS[candidate]()
+        reason = backend.supports(q_TNH, call)
+        if reason is None:
+            _say_once(candidate, q_TNH.device.type)
+            return backend
+        reasons.append(f"backend={candidate!r}: {reason}")
+    raise ValueError("; ".join(reasons))
+
+
+def _attend_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sink_tokens: int,
+    window: int,
+    block: int,
+    stride: int | None,
+    phase: str,
+    first_kv_head: int,
+    total_kv_heads: int,
+    scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pattern = Pattern(sink_tokens, window, block, stride, phase)
+    bounds = host_bounds(cu_seqlens, q.shape[0])
+    call = Call(pattern, bounds, first_kv_head, total_kv_heads, scale)
+    return _choose(q, call, backend).forward(q, k, v, call)
+
+
+def _attend_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    sink_tokens: int,
+    window: int,
+    block: int,
+    stride: int | None,
+    phase: str,
+    first_kv_head: int,
+    total_kv_heads: int,
+    scale: float,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pattern = Pattern(sink_tokens, window, block, stride, phase)
+    bounds = host_bounds(cu_seqlens, q.shape[0])
+    call = Call(pattern, bounds, first_kv_head, total_kv_heads, scale)
+    return _choose(q, call, backend).backward(q, k, v, out, lse, d_out, d_lse, call)
+
+
+def _fake_fwd(q, k, v, *_):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def _fake_bwd(q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    # A gradient of an output that nobody used stays None.
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, d_out, d_lse):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    found = SPARSE_ATTENTION_BWD(q, k, v, out, lse, d_out, d_lse, cu_seqlens, *ctx.rest)
+    return *found, None, *(None for _ in ctx.rest)
+
+
+def _register(name: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
+    # An export folder's copy of this file may be loaded beside this one: each keeps its operators.
+    while hasattr(torch.ops.longgen, name):
+        name += "_copy"
+    operator = torch.library.custom_op(f"longgen::{name}", run, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+SPARSE_ATTENTION_FWD = _register("sparse_attention_fwd", _attend_fwd, _fake_fwd)
+SPARSE_ATTENTION_BWD = _register("sparse_attention_bwd", _attend_bwd, _fake_bwd)
+SPARSE_ATTENTION_FWD.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def sparse_attention(
@@ -32,48 +190,71 @@ def sparse_attention(
     first_kv_head: int = 0,
     total_kv_heads: int | None = None,
     softmax_scale: float | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which each query sees the keys of its document that `pattern` names.
 
     Args:
-        q_TNH: queries [T, N, H] of all documents, one after another, after RoPE.
+        q_TNH: queries [T, N, H] of all documents, one after another, after RoPE; bfloat16, float16
+            or float32. Views are read in place where their last dim is contiguous.
         k_TGH, v_TGH: keys and values [T, G, H]; N is a multiple of G.
         pattern: who sees whom; Pattern.full() for a full layer.
         cu_seqlens: int32 [documents + 1], from 0 to T, best on the host (a CUDA tensor is copied,
             which waits for the device).
         first_kv_head, total_kv_heads: where this shard's KV heads lie in the whole model's, which
             decides per-head phases; by default the shard is the whole.
-        softmax_scale: by default 1 / sqrt(H).
+        softmax_scale: above 0; by default 1 / sqrt(H).
+        return_lse: return the natural-log LSE too, which merge_partials takes.
+        backend: None for the fastest that supports the call. On CUDA "hopper", "triton" or, to
+            compare with, "flex" and "tiled"; on a CPU "tiled" (and "triton" where
+            TRITON_INTERPRET=1). For full patterns one of kernels.dense.
 
     Returns:
-        out [T, N, H] in q's dtype, differentiable in q, k and v.
+        out [T, N, H] in q's dtype, with return_lse (out, LSE [N, T] float32); differentiable in q,
+        k and v, through both.
 
     Raises:
-        ValueError: where shapes or cu_seqlens do not fit together.
+        ValueError: where shapes, dtypes, devices or cu_seqlens do not fit together, or the backend
+            does not support them.
     """
-    (tokens, heads, head_dim), kv_heads = q_TNH.shape, k_TGH.shape[1]
-    if heads % kv_heads or k_TGH.shape != v_TGH.shape or k_TGH.shape[::2] != (tokens, head_dim):
-        raise ValueError(
-            f"q {tuple(q_TNH.shape)}, k {tuple(k_TGH.shape)}, v {tuple(v_TGH.shape)}: must be "
-            "[T, N, H], [T, G, H], [T, G, H] with N a multiple of G; check the head counts"
-        )
-    bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
-        raise ValueError(
-            f"cu_seqlens={bounds[:4]}...{bounds[-1:]}: must ascend from 0 to the {tokens} tokens; "
-            "pass the documents' cumulative lengths"
-        )
-    bounds = [0] + [b for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    check_tensors(q_TNH, k_TGH, v_TGH, cu_seqlens)
+    (tokens, _, head_dim), kv_heads = q_TNH.shape, k_TGH.shape[1]
     total = kv_heads if total_kv_heads is None else total_kv_heads
+    check_heads(kv_heads, first_kv_head, total)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:
+        raise ValueError(f"softmax_scale={scale}: must be above 0; None takes 1 / sqrt(head dim)")
     if pattern.is_full:
-        return dense_attention(q_TNH, k_TGH, v_TGH, bounds, softmax_scale=scale)
-    if q_TNH.is_cuda:
+        bounds = list(host_bounds(cu_seqlens, tokens))
+        options = {"softmax_scale": scale, "return_lse": return_lse, "backend": backend}
+        return dense_attention(q_TNH, k_TGH, v_TGH, bounds, **options)
+    if backend is None and FASTEST.get(_kind(q_TNH.device)) == (FLEX,):
+        backend = FLEX
+    if backend == FLEX:
         from .flex import flex_sparse_attention
 
-        _say_once("FlexAttention", "cuda")
-        return flex_sparse_attention(
-            q_TNH, k_TGH, v_TGH, pattern, bounds, first_kv_head, total, scale
+        if not q_TNH.is_cuda:
+            raise ValueError(
+                f"backend='flex': tensors are on {q_TNH.device}, not on a CUDA GPU; move them or "
+                "pass backend='tiled'"
+            )
+        call = Call(pattern, host_bounds(cu_seqlens, tokens), first_kv_head, total, scale)
+        out, lse = flex_sparse_attention(q_TNH, k_TGH, v_TGH, call, return_lse)
+    else:
+        out, lse = SPARSE_ATTENTION_FWD(
+            q_TNH,
+            k_TGH,
+            v_TGH,
+            cu_seqlens,
+            pattern.sink_tokens,
+            pattern.window,
+            pattern.block,
+            pattern.stride,
+            pattern.phase,
+            first_kv_head,
+            total,
+            scale,
+            backend,
         )
-    _say_once("tiled PyTorch", str(q_TNH.device))
-    return TiledAttention.apply(q_TNH, k_TGH, v_TGH, pattern, bounds, first_kv_head, total, scale)
+    return (out, lse) if return_lse else out

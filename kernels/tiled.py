@@ -1,7 +1,7 @@
 """Sparse attention in plain PyTorch, tile by tile: the CPU path, right on every device.
 
 Work and memory follow the pattern's pairs: for each tile of queries only the keys of
-`Pattern.key_ranges` are gathered. Saved for backward: out and LSE.
+`Pattern.key_ranges` are gathered.
 Shapes: T packed tokens, N query heads, G KV heads, R = N / G, H head dim, Q queries and K keys of a
 tile.
 """
@@ -12,19 +12,22 @@ from collections.abc import Iterator
 
 import torch
 
-from .pattern import Pattern
+from .call import Call
 
 QUERY_TILE = 128
 
 
-def _tiles(
-    pattern: Pattern, cu_seqlens: list[int], kv_heads: int, first: int, total: int
-) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+def supports(q_TNH: torch.Tensor, call: Call) -> None:
+    """Every call can run here."""
+
+
+def _tiles(call: Call, kv_heads: int) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
     """(KV heads, queries, key indices, mask [Q, K]) of each tile; indices into the packed row."""
+    pattern, total = call.pattern, call.total_kv_heads
     groups = [slice(h, h + 1) for h in range(kv_heads)]
     for group in groups if pattern.heads_differ else [slice(0, kv_heads)]:
-        head = first + group.start
-        for start, stop in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        head = call.first_kv_head + group.start
+        for start, stop in zip(call.bounds[:-1], call.bounds[1:], strict=True):
             for q0 in range(0, stop - start, QUERY_TILE):
                 q1 = min(q0 + QUERY_TILE, stop - start)
                 keys = pattern.key_ranges(q0, q1, head, total).positions()
@@ -47,58 +50,65 @@ def _ungroup_queries(x: torch.Tensor, queries: int) -> torch.Tensor:
     return x.reshape(queries, -1, head_dim)
 
 
-class TiledAttention(torch.autograd.Function):
-    """FlashAttention's recurrences (arXiv 2205.14135) on the gathered keys of each tile."""
+def forward(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [T, N, H], LSE [N, T] float32): FlashAttention's recurrences (arXiv 2205.14135)."""
+    kv_heads = k_TGH.shape[1]
+    ratio = q_TNH.shape[1] // kv_heads
+    out = q_TNH.new_empty(q_TNH.shape)
+    lse = q_TNH.new_empty(q_TNH.shape[1], q_TNH.shape[0], dtype=torch.float32)
+    for group, rows, keys, mask in _tiles(call, kv_heads):
+        heads = slice(group.start * ratio, group.stop * ratio)
+        width = group.stop - group.start
+        keys, mask = keys.to(q_TNH.device), mask.to(q_TNH.device)
+        q = _group_queries(q_TNH[rows, heads], width)
+        k = k_TGH[keys, group].float().transpose(0, 1)
+        v = v_TGH[keys, group].float().transpose(0, 1)
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(call.scale)
+        scores.masked_fill_(~mask.repeat(ratio, 1), float("-inf"))
+        row_lse = scores.logsumexp(-1)
+        p = scores.sub_(row_lse[..., None]).exp_()
+        queries = rows.stop - rows.start
+        out[rows, heads] = _ungroup_queries(torch.bmm(p, v), queries).to(out.dtype)
+        lse[heads, rows] = row_lse.view(-1, queries)
+    return out, lse
 
-    @staticmethod
-    def forward(ctx, q_TNH, k_TGH, v_TGH, pattern, cu_seqlens, first, total, scale):
-        kv_heads = k_TGH.shape[1]
-        ratio = q_TNH.shape[1] // kv_heads
-        out = torch.empty_like(q_TNH)
-        lse = q_TNH.new_empty(q_TNH.shape[1], q_TNH.shape[0], dtype=torch.float32)
-        for group, rows, keys, mask in _tiles(pattern, cu_seqlens, kv_heads, first, total):
-            heads = slice(group.start * ratio, group.stop * ratio)
-            width = group.stop - group.start
-            keys, mask = keys.to(q_TNH.device), mask.to(q_TNH.device)
-            q = _group_queries(q_TNH[rows, heads], width)
-            k = k_TGH[keys, group].float().transpose(0, 1)
-            v = v_TGH[keys, group].float().transpose(0, 1)
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-            scores.masked_fill_(~mask.repeat(ratio, 1), float("-inf"))
-            row_lse = scores.logsumexp(-1)
-            p = scores.sub_(row_lse[..., None]).exp_()
-            queries = rows.stop - rows.start
-            out[rows, heads] = _ungroup_queries(torch.bmm(p, v), queries).to(out.dtype)
-            lse[heads, rows] = row_lse.view(-1, queries)
-        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, out, lse)
-        ctx.call = (pattern, cu_seqlens, first, total, scale)
-        return out
 
-    @staticmethod
-    def backward(ctx, d_out):
-        q_TNH, k_TGH, v_TGH, out, lse = ctx.saved_tensors
-        pattern, cu_seqlens, first, total, scale = ctx.call
-        kv_heads = k_TGH.shape[1]
-        ratio = q_TNH.shape[1] // kv_heads
-        dq = torch.empty_like(q_TNH)
-        dk = torch.zeros_like(k_TGH, dtype=torch.float32)
-        dv = torch.zeros_like(v_TGH, dtype=torch.float32)
-        delta = (d_out.float() * out.float()).sum(-1).T
-        for group, rows, keys, mask in _tiles(pattern, cu_seqlens, kv_heads, first, total):
-            heads = slice(group.start * ratio, group.stop * ratio)
-            width = group.stop - group.start
-            keys, mask = keys.to(q_TNH.device), mask.to(q_TNH.device)
-            q = _group_queries(q_TNH[rows, heads], width)
-            d_o = _group_queries(d_out[rows, heads], width)
-            k = k_TGH[keys, group].float().transpose(0, 1)
-            v = v_TGH[keys, group].float().transpose(0, 1)
-            p = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-            p.sub_(lse[heads, rows].reshape(width, -1, 1)).exp_()
-            p.masked_fill_(~mask.repeat(ratio, 1), 0)
-            ds = torch.bmm(d_o, v.transpose(1, 2))
-            ds.sub_(delta[heads, rows].reshape(width, -1, 1)).mul_(p).mul_(scale)
-            queries = rows.stop - rows.start
-            dq[rows, heads] = _ungroup_queries(torch.bmm(ds, k), queries).to(dq.dtype)
-            dk[:, group].index_add_(0, keys, torch.bmm(ds.transpose(1, 2), q).transpose(0, 1))
-            dv[:, group].index_add_(0, keys, torch.bmm(p.transpose(1, 2), d_o).transpose(0, 1))
-        return dq, dk.to(k_TGH.dtype), dv.to(v_TGH.dtype), None, None, None, None, None
+def backward(
+    q_TNH: torch.Tensor,
+    k_TGH: torch.Tensor,
+    v_TGH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    lse_NT: torch.Tensor,
+    d_out_TNH: torch.Tensor,
+    d_lse_NT: torch.Tensor | None,
+    call: Call,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq [T, N, H], dk [T, G, H], dv [T, G, H])."""
+    kv_heads = k_TGH.shape[1]
+    ratio = q_TNH.shape[1] // kv_heads
+    dq = q_TNH.new_empty(q_TNH.shape)
+    dk = torch.zeros(k_TGH.shape, dtype=torch.float32, device=k_TGH.device)
+    dv = torch.zeros_like(dk)
+    delta = (d_out_TNH.float() * out_TNH.float()).sum(-1).T
+    if d_lse_NT is not None:
+        delta = delta - d_lse_NT
+    for group, rows, keys, mask in _tiles(call, kv_heads):
+        heads = slice(group.start * ratio, group.stop * ratio)
+        width = group.stop - group.start
+        keys, mask = keys.to(q_TNH.device), mask.to(q_TNH.device)
+        q = _group_queries(q_TNH[rows, heads], width)
+        d_out = _group_queries(d_out_TNH[rows, heads], width)
+        k = k_TGH[keys, group].float().transpose(0, 1)
+        v = v_TGH[keys, group].float().transpose(0, 1)
+        p = torch.bmm(q, k.transpose(1, 2)).mul_(call.scale)
+        p.sub_(lse_NT[heads, rows].reshape(width, -1, 1)).exp_()
+        p.masked_fill_(~mask.repeat(ratio, 1), 0)
+        ds = torch.bmm(d_out, v.transpose(1, 2))
+        ds.sub_(delta[heads, rows].reshape(width, -1, 1)).mul_(p).mul_(call.scale)
+        queries = rows.stop - rows.start
+        dq[rows, heads] = _ungroup_queries(torch.bmm(ds, k), queries).to(dq.dtype)
+        dk[:, group].index_add_(0, keys, torch.bmm(ds.transpose(1, 2), q).transpose(0, 1))
+        dv[:, group].index_add_(0, keys, torch.bmm(p.transpose(1, 2), d_out).transpose(0, 1))
+    return dq, dk.to(k_TGH.dtype), dv.to(v_TGH.dtype)

@@ -1,7 +1,14 @@
-"""What all tests share: two threads, and Megatron's groups for one process."""
+"""What all tests share: two threads, Triton's interpreter where there is no GPU, and Megatron's
+groups for one process."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: kernels then run as Python, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

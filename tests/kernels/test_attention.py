@@ -1,78 +1,79 @@
-"""Every path of sparse_attention against the float32 oracle, forward and all gradients."""
+"""Tiled PyTorch, torch's FlexAttention and the choice between backends, against the oracle."""
 
 import importlib.util
+import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+import kernels.sparse_attention
 import kernels.tiled
 from kernels.pattern import Pattern
-from kernels.reference import reference_attention
 from kernels.sparse_attention import sparse_attention
+from tests.kernels.cases import PATTERNS, assert_matches_reference, make_inputs
 
-PATTERNS = {
-    "full": Pattern.full(),
-    "sinks_window": Pattern(sink_tokens=5, window=37, block=16),
-    "no_sinks": Pattern(sink_tokens=0, window=2, block=4),
-    "strided": Pattern(sink_tokens=3, window=19, block=8, stride=4),
-    "per_head": Pattern(sink_tokens=3, window=19, block=8, stride=4, phase="per_head"),
+PATTERNS = {"full": Pattern.full(), **PATTERNS}
+# Lengths, query heads and KV heads.
+CALLS = {
+    "one": ([331], 4, 4),
+    "many": ([1, 130, 7, 255], 6, 2),
+    "empty_between": ([60, 0, 61], 6, 2),
 }
-DOCUMENTS = {"one": [331], "many": [1, 130, 7, 255], "empty_between": [60, 0, 61]}
 
 
-def inputs(lengths, heads, kv_heads, head_dim, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = sum(lengths)
-    q, k, v, d_out = (
-        torch.randn(tokens, n, head_dim, generator=generator).to(device, dtype)
-        for n in (heads, kv_heads, kv_heads, heads)
-    )
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return q, k, v, d_out, bounds
-
-
-def outputs_and_gradients(attend, q, k, v, d_out):
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    out = attend(q, k, v)
-    out.backward(d_out.to(out.dtype))
-    return [x.detach().float() for x in (out, q.grad, k.grad, v.grad)]
-
-
-def assert_matches_reference(pattern, lengths, heads, kv_heads, head_dim, tolerance, **kwargs):
-    q, k, v, d_out, bounds = inputs(lengths, heads, kv_heads, head_dim, **kwargs)
-    layout = {"first_kv_head": 2, "total_kv_heads": kv_heads + 3}
-    mine = outputs_and_gradients(
-        lambda *x: sparse_attention(*x, pattern, bounds, **layout), q, k, v, d_out
-    )
-    oracle = outputs_and_gradients(
-        lambda *x: reference_attention(*x, pattern, bounds, **layout)[0], q, k, v, d_out
-    )
-    for name, got, wanted in zip(("out", "dq", "dk", "dv"), mine, oracle, strict=True):
-        assert not got.isnan().any(), name
-        error = (got - wanted).norm() / wanted.norm()
-        assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_cpu_matches_reference(name, documents, heads, kv_heads):
-    assert_matches_reference(
-        PATTERNS[name], DOCUMENTS[documents], heads, kv_heads, 16, tolerance=2e-6
-    )
+def test_cpu_matches_reference(name, call):
+    assert_matches_reference(PATTERNS[name], *CALLS[call], 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cpu_matches_reference_in_half_precision(dtype):
+    assert_matches_reference(PATTERNS["per_head"], [200, 31], 4, 2, 16, dtype=dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("documents", [[1111], [700, 1, 1347]])
-@pytest.mark.parametrize("name", PATTERNS)
-def test_gpu_matches_reference(name, documents):
-    # head_dim 64 in bfloat16: operands rounded to 8 bits.
-    assert_matches_reference(
-        PATTERNS[name], documents, 9, 3, 64, tolerance=1e-2, dtype=torch.bfloat16, device="cuda"
-    )
+@pytest.mark.parametrize("backend", [None, "tiled", "flex"])
+@pytest.mark.parametrize("documents", [[1111], [700, 1, 1347]], ids=str)
+@pytest.mark.parametrize("name", ["sinks_window", "per_head"])
+def test_gpu_matches_reference(name, documents, backend):
+    case = {"dtype": torch.bfloat16, "device": "cuda", "backend": backend}
+    assert_matches_reference(PATTERNS[name], documents, 9, 3, 64, **case)
+
+
+def test_the_backend_that_ran_is_said_once(caplog):
+    q, k, v, *_, bounds = make_inputs([10], 2, 1, 8)
+    kernels.sparse_attention._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "longgen.kernels"):
+        for _ in range(2):
+            sparse_attention(q, k, v, Pattern(), bounds)
+    assert [record.message for record in caplog.records] == ["sparse layers on cpu run by tiled"]
+
+
+def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch):
+    """As a faster one that takes some calls only is passed over for the rest."""
+    made, said = kernels.sparse_attention.BACKENDS["tiled"](), []
+
+    def refuses(q, call):
+        said.append(call)
+        return None if call.pattern.window > 9 else "windows above 9 only; pass backend='tiled'"
+
+    table = kernels.sparse_attention
+    picky = table.Backend(refuses, lambda *a: (a[0] * 0, a[0].new_zeros(2, 10)), made.backward)
+    monkeypatch.setitem(table.BACKENDS, "picky", lambda: picky)
+    monkeypatch.setitem(table.FASTEST, "cpu", ("picky", "tiled"))
+    q, k, v, *_, bounds = make_inputs([10], 2, 1, 8)
+    assert not sparse_attention(q, k, v, Pattern(window=10), bounds).any()
+    assert sparse_attention(q, k, v, Pattern(window=9), bounds).any()
+    assert [(c.bounds, c.first_kv_head, c.total_kv_heads, c.scale) for c in said] == [
+        ((0, 10), 0, 1, 8**-0.5)
+    ] * 2
+    with pytest.raises(ValueError, match="backend='picky': windows above 9 only; pass backend"):
+        sparse_attention(q, k, v, Pattern(window=9), bounds, backend="picky")
 
 
 @pytest.mark.parametrize("field", ["sink_tokens", "window", "stride", "phase"])
@@ -85,28 +86,30 @@ def test_off_by_one_in_the_kernels_pattern_is_caught(monkeypatch, field):
         wrong = Pattern(**{**pattern.__dict__, field: getattr(pattern, field) + 1})
     tiles = kernels.tiled._tiles
 
-    def planted_tiles(_, *args):
+    def planted_tiles(call, kv_heads):
         with pytest.MonkeyPatch.context() as patch:
             if field == "phase":
                 patch.setattr(Pattern, "phase_of", planted)
-            found = list(tiles(wrong, *args))
+            found = list(tiles(replace(call, pattern=wrong), kv_heads))
         return iter(found)
 
     monkeypatch.setattr(kernels.tiled, "_tiles", planted_tiles)
     with pytest.raises(AssertionError):
-        assert_matches_reference(pattern, [331], 4, 2, 16, tolerance=2e-6)
+        assert_matches_reference(pattern, [331], 4, 2, 16)
 
 
 def test_every_output_is_written(monkeypatch):
     """Output buffers start poisoned; a row that is not written stays NaN."""
-    poison = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(*a, **k).fill_(float("nan")))
-    assert_matches_reference(PATTERNS["strided"], [200, 131], 4, 2, 16, tolerance=2e-6)
+    honest = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: honest(*a, **k).fill_(float("nan"))
+    )
+    assert_matches_reference(PATTERNS["strided"], [200, 131], 4, 2, 16)
 
 
 def test_a_token_reaches_only_its_document_and_pattern():
     pattern = PATTERNS["sinks_window"]
-    q, k, v, _, bounds = inputs([100, 100], 2, 1, 8)
+    q, k, v, *_, bounds = make_inputs([100, 100], 2, 1, 8)
     before = sparse_attention(q, k, v, pattern, bounds)
     v[50] += 1
     moved = (sparse_attention(q, k, v, pattern, bounds) - before).abs().amax((1, 2)) > 0
@@ -114,17 +117,8 @@ def test_a_token_reaches_only_its_document_and_pattern():
 
 
 def test_window_of_one_sees_itself_only():
-    q, k, v, _, bounds = inputs([40, 3], 2, 2, 8)
+    q, k, v, *_, bounds = make_inputs([40, 3], 2, 2, 8)
     assert torch.allclose(sparse_attention(q, k, v, Pattern(0, 1), bounds), v)
-
-
-def test_refusals():
-    q, k, v, _, bounds = inputs([10], 4, 2, 8)
-    with pytest.raises(ValueError, match=r"q \(10, 4, 8\).*multiple of G"):
-        sparse_attention(q, k[:, :1].expand(10, 3, 8), v, Pattern(), bounds)
-    for wrong in ([0, 9], [1, 10], [0], [0, 7, 3, 10]):
-        with pytest.raises(ValueError, match="must ascend from 0 to the 10 tokens"):
-            sparse_attention(q, k, v, Pattern(), torch.tensor(wrong, dtype=torch.int32))
 
 
 def test_the_folder_counts_as_absent_for_transformers():

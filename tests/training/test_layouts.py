@@ -18,7 +18,7 @@ from tests.training.worlds import run_world
 
 STEPS = 3
 # On a GPU these go through the kernels that training uses there.
-FLEX_CASES = [("per_head", 2)]
+KERNEL_CASES = [("per_head", 2)]
 LAYOUTS = {
     "tp2": {"world": 2, "tensor": 2},
     "tp2_sp": {"world": 2, "tensor": 2, "sequence_parallel": True},
@@ -52,10 +52,9 @@ FEWER_CASES = [("sink", 4), ("strided", 2), ("per_head", 4), ("per_head", 2)]
 
 def tiled_on_gpu(patched):
     """The sparse layers by the path that needs no compiler: layouts are what is compared here."""
-    import kernels.flex
-    from kernels.tiled import TiledAttention
+    import kernels.sparse_attention
 
-    patched(kernels.flex, "flex_sparse_attention", TiledAttention.apply)
+    patched(kernels.sparse_attention, "FASTEST", {})
 
 
 def measure(layout, cases, device="cpu", **changes):
@@ -65,7 +64,7 @@ def measure(layout, cases, device="cpu", **changes):
     # Otherwise ZeRO 3 would keep all of so small a model whole.
     engine_module.ZERO3_KEPT_WHOLE = 0
     torch.backends.cuda.matmul.allow_tf32 = False
-    if device == "cuda" and cases != FLEX_CASES:
+    if device == "cuda" and cases != KERNEL_CASES:
         tiled_on_gpu(setattr)
     parallel = parallel_section(**layout)
     train = small_train(micro_batch_rows=rows_a_process(parallel), **changes)
@@ -126,7 +125,7 @@ TWO_PROCESSES = [name for name, layout in LAYOUTS.items() if layout["world"] == 
 def one_gpu():
     return {
         len(cases): run_world(1, measure, {"world": 1}, cases, "cuda", gpu=True, timeout=300)[0]
-        for cases in (CASES, FLEX_CASES)
+        for cases in (CASES, KERNEL_CASES)
     }
 
 
@@ -134,7 +133,7 @@ def one_gpu():
 @needs_two_gpus
 @pytest.mark.parametrize(
     ("name", "cases"),
-    [(name, CASES) for name in TWO_PROCESSES] + [(n, FLEX_CASES) for n in ("tp2_sp", "ulysses2")],
+    [(name, CASES) for name in TWO_PROCESSES] + [(n, KERNEL_CASES) for n in ("tp2_sp", "ulysses2")],
     ids=lambda value: value if isinstance(value, str) else f"{len(value)}_cases",
 )
 def test_two_gpus_over_nccl_give_what_one_gives(name, cases, one_gpu):

@@ -1,0 +1,90 @@
+"""One call of attention: what reaches a backend beside q, k and v, and what is refused before.
+
+Shapes: T packed tokens, N query heads, G KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .pattern import Pattern
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """bounds: the documents' cumulative lengths from 0 to T, strictly ascending. scale: of the
+    scores, before the softmax. The KV heads are `first_kv_head` and following of the whole model's.
+    """
+
+    pattern: Pattern
+    bounds: tuple[int, ...]
+    first_kv_head: int
+    total_kv_heads: int
+    scale: float
+
+
+def check_tensors(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    """Refuses what does not fit together, by shape, dtype and device; reads no values.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    fit = q_TNH.dim() == k_TGH.dim() == 3 and k_TGH.shape == v_TGH.shape
+    fit = fit and q_TNH.shape[0] == k_TGH.shape[0] and q_TNH.shape[2] == k_TGH.shape[2]
+    if not fit or k_TGH.shape[1] == 0 or q_TNH.shape[1] % k_TGH.shape[1]:
+        raise ValueError(
+            f"q {tuple(q_TNH.shape)}, k {tuple(k_TGH.shape)}, v {tuple(v_TGH.shape)}: must be "
+            "[T, N, H], [T, G, H], [T, G, H] with N a multiple of G; check the head counts"
+        )
+    if not q_TNH.dtype == k_TGH.dtype == v_TGH.dtype or q_TNH.dtype not in DTYPES:
+        legal = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(
+            f"q {q_TNH.dtype}, k {k_TGH.dtype}, v {v_TGH.dtype}: must be one dtype of {legal}; "
+            "cast them with .to(dtype)"
+        )
+    if not q_TNH.device == k_TGH.device == v_TGH.device:
+        raise ValueError(
+            f"q on {q_TNH.device}, k on {k_TGH.device}, v on {v_TGH.device}: must be on one "
+            "device; move them with .to(device)"
+        )
+    integers = isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dtype == torch.int32
+    if not integers or cu_seqlens.dim() != 1:
+        found = type(cu_seqlens).__name__
+        if isinstance(cu_seqlens, torch.Tensor):
+            found = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(
+            f"cu_seqlens is {found}: must be a torch.int32 tensor [documents + 1]; pass "
+            "torch.tensor([0, ...], dtype=torch.int32)"
+        )
+
+
+def check_heads(kv_heads: int, first_kv_head: int, total_kv_heads: int) -> None:
+    """Refuses KV heads that lie outside the whole model's."""
+    if not 0 <= first_kv_head <= total_kv_heads - kv_heads:
+        raise ValueError(
+            f"first_kv_head={first_kv_head} with {kv_heads} KV heads: must be from 0 to "
+            f"total_kv_heads - {kv_heads} = {total_kv_heads - kv_heads}; pass the indices within "
+            "the whole model"
+        )
+
+
+def host_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[int, ...]:
+    """cu_seqlens as whole numbers, without empty documents.
+
+    Raises:
+        ValueError: where they do not ascend from 0 to `tokens`.
+    """
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+        shown = bounds if len(bounds) < 9 else f"{bounds[:4]}...{bounds[-1:]}"
+        raise ValueError(
+            f"cu_seqlens={shown}: must ascend from 0 to the {tokens} tokens; pass the documents' "
+            "cumulative lengths"
+        )
+    return (0, *(b for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a))
