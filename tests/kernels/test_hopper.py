@@ -1,0 +1,124 @@
+"""The Gluon kernels: held against the oracle on a Hopper GPU, compiled for one everywhere."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import hopper
+from kernels.call import Call
+from kernels.pattern import Pattern
+from kernels.sparse_attention import sparse_attention
+
+from .cases import assert_matches_reference, make_inputs
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+PATTERNS = {
+    "sinks": Pattern(64, 256, 64),
+    "no_sinks": Pattern(0, 128, 64),
+    "strided": Pattern(64, 192, 64, 4),
+    "per_head": Pattern(64, 200, 64, 4, "per_head"),
+    "wide_blocks": Pattern(128, 131, 128, 3, "per_head"),
+}
+DOCUMENTS = {
+    "one": [1111],
+    "many": [700, 1, 1347],
+    "short": [64, 1, 130, 3, 259],
+    "tiny": [5],
+}
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 128), (9, 3, 64), (8, 1, 128)])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_matches_reference(name, documents, heads, kv_heads, head_dim, dtype):
+    assert_matches_reference(
+        PATTERNS[name],
+        DOCUMENTS[documents],
+        heads,
+        kv_heads,
+        head_dim,
+        dtype=dtype,
+        device="cuda",
+        backend="hopper",
+    )
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["sinks", "per_head"])
+def test_the_same_bits_every_time(name):
+    q, k, v, d_out, _, bounds = make_inputs(
+        [20_000, 3_000], 8, 2, 128, dtype=torch.bfloat16, device="cuda"
+    )
+    seen = []
+    for _ in range(4):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = sparse_attention(*inputs, PATTERNS[name], bounds, backend="hopper")
+        out.backward(d_out)
+        seen.append([out.detach(), *(x.grad for x in inputs)])
+    for again in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], again, strict=True))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_views_are_read_as_they_lie():
+    qkv = torch.randn(700, 3, 4, 128, device="cuda", dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 700], dtype=torch.int32)
+    views = qkv.unbind(1)
+    odd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in views]
+    wanted = sparse_attention(*(x.contiguous() for x in views), PATTERNS["sinks"], bounds)
+    for inputs in (views, odd):
+        got = sparse_attention(*inputs, PATTERNS["sinks"], bounds, backend="hopper")
+        assert torch.equal(got, wanted)
+
+
+def refusal(monkeypatch, pattern, head_dim=128, dtype=torch.bfloat16, capability=(9, 0)):
+    class OnGPU:
+        device = torch.device("cuda", 0)
+        shape = (300, 4, head_dim)
+
+    OnGPU.dtype = dtype
+    monkeypatch.setattr(hopper, "_capability", lambda device: capability)
+    return hopper.supports(OnGPU, Call(pattern, (0, 300), 0, 4, 0.1))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_is_supported(monkeypatch, name):
+    assert refusal(monkeypatch, PATTERNS[name]) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "says"),
+    [
+        (Pattern(64, 256), {"capability": (8, 0)}, "not a Hopper GPU"),
+        (Pattern(64, 256), {"capability": (10, 0)}, "not a Hopper GPU"),
+        (Pattern(64, 256), {"head_dim": 96}, "head dim 96"),
+        (Pattern(64, 256), {"dtype": torch.float32}, "torch.float32"),
+        (Pattern(64, 127), {}, "window=127"),
+        (Pattern(60, 256), {}, "sink_tokens=60"),
+        (Pattern(2**31, 256), {}, "sink_tokens=2147483648"),
+        (Pattern(64, 256, 32, 4), {}, "block=32"),
+        (Pattern(64, 256, 128, 4), {}, "block=128"),
+        (Pattern(64, 256, 64, 2**25), {}, "stride=33554432"),
+    ],
+)
+def test_what_is_not_names_the_other_path(monkeypatch, pattern, changes, says):
+    reason = refusal(monkeypatch, pattern, **changes)
+    assert says in reason and "pass backend='triton'" in reason
+
+
+def test_compiles_for_hopper():
+    # In a process of its own: here, without a GPU, Triton may be set to interpret.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.hopper_ptx"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.split() == ["hopper_fwd_kernel", "hopper_bwd_window_kernel"]
