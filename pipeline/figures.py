@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from pipeline.records import Bucket, Record
 
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 LIGHT = "#F2F2F2"
+CURVES = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 DPI = 144
 MIB = 2**20
 # Beyond this ratio of greatest to least a linear axis flattens the lesser curve.
@@ -300,6 +303,55 @@ def patterns(
     )
     handles = [Patch(facecolor=colours(i), label=text) for i, text in enumerate(labels)]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def lengths_of(rows: Sequence[Record]) -> list[Record]:
+    """Of a table of kernels the rows of the case that was timed at the most lengths, if several."""
+    cases: dict[tuple, list[Record]] = {}
+    for row in rows:
+        if row.get("tflops") is not None and row["documents"] == 1 and not row["deterministic"]:
+            key = row["pattern"], row["heads"], row["kv_heads"], row["head_dim"]
+            cases.setdefault(key, []).append(row)
+
+    def lengths(found: list[Record]) -> int:
+        return len({row["length"] for row in found})
+
+    most = max(cases.values(), key=lengths, default=[])
+    return most if lengths(most) > 1 else []
+
+
+def speed_by_length(rows: Sequence[Record]) -> Figure:
+    """TFLOP/s on the pattern's pairs by length, a panel per pass and a curve per backend."""
+    rows = lengths_of(rows)
+    figure = Figure(figsize=(8.4, 3.8), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    styles = dict(zip(backends, cycle(zip(CURVES, MARKERS, strict=True)), strict=False))
+    lengths = sorted({row["length"] for row in rows})
+    for axes, name in zip(panels, ("forward", "backward"), strict=True):
+        for backend in backends:
+            own = [row for row in rows if (row["backend"], row["pass"]) == (backend, name)]
+            # Of a length measured in several groups, the best.
+            points = sorted({row["length"] for row in own})
+            speeds = [max(row["tflops"] for row in own if row["length"] == at) for at in points]
+            colour, marker = styles[backend]
+            line = "-" if len(points) > 1 else "none"
+            axes.plot(points, speeds, marker, linestyle=line, color=colour, label=backend)
+        _tidy(axes)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{at // 1024}K" if at >= 1024 else f"{at}" for at in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(0, 1.08 * max(row["tflops"] for row in rows))
+        axes.set_xlabel("Tokens of the document")
+        axes.set_title(name, fontsize=10)
+    panels[0].set_ylabel("TFLOP/s on the pattern's pairs")
+    row = rows[0]
+    title = f"{row['pattern']}, {row['heads']} heads ({row['kv_heads']} KV), head dim"
+    figure.suptitle(f"{title} {row['head_dim']}", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": len(labels)}
+    figure.legend(handles, labels, frameon=False, fontsize=8, **place)
     return figure
 
 

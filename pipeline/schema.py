@@ -244,11 +244,53 @@ class WandbSection:
 
 
 @dataclass
+class KernelCase:
+    """One line of the kernels' table: a pattern (null: full) over so many documents of one length.
+
+    In the group "decode" `documents` are the rows of a batch and `length` what each has behind it.
+    backends: names of pipeline/benchmarks/attention_peers.py and attention_decode.py.
+    """
+
+    group: str = "???"
+    pattern: PatternSection | None = None
+    documents: int = 1
+    length: int = 0
+    heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    deterministic: bool = False
+    backends: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PeerSetting:
+    """One of the settings that a peer is tried at: its mask's blocks, its kernels' options."""
+
+    peer: str = "???"
+    q_block: int = 128
+    k_block: int = 128
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class BenchmarkSection:
-    """conf/benchmark: a file of pipeline/benchmarks, and how often it measures."""
+    """conf/benchmark: a file of pipeline/benchmarks, how often it measures, and what.
+
+    groups: of the cases, those that run. launch_ms: about how long one measurement lasts.
+    budget_minutes: past it no further peer is prepared. commit: where the code runs without its
+    history, what it is.
+    """
 
     name: str = "checkpoint"
     repeats: int = 4
+    groups: list[str] = field(default_factory=list)
+    precision: str = "bf16"
+    seed: int = 1
+    launch_ms: float = 30
+    budget_minutes: float = 8
+    commit: str | None = None
+    cases: list[KernelCase] = field(default_factory=list)
+    settings: list[PeerSetting] = field(default_factory=list)
 
 
 @dataclass

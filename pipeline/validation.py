@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
-from pipeline.schema import DIMENSIONS, Config
+from pipeline.schema import DIMENSIONS, Config, KernelCase
 
 STAGES = (
     "fetch",
@@ -222,9 +222,62 @@ def _check_train(config: Config) -> None:
     _choice(config, "train.non_finite", ("stop", "skip"))
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         _refuse("train.betas", train.betas, "must be two numbers from 0 to below 1", "set them")
-    _choice(config, "benchmark.name", ("checkpoint",))
-    _at_least(config, "benchmark.repeats", 2)
     _choice(config, "wandb.mode", ("auto", "online", "offline", "disabled"))
+
+
+def _check_benchmark(config: Config) -> None:
+    bench = config.benchmark
+    _choice(config, "benchmark.name", ("checkpoint", "kernels"))
+    _at_least(config, "benchmark.repeats", 2)
+    _at_least(config, "benchmark.launch_ms", 0, above=True)
+    _at_least(config, "benchmark.budget_minutes", 0)
+    _choice(config, "benchmark.precision", ("bf16", "fp16", "fp32"))
+    if bench.name != "kernels":
+        return
+    # Brings FlexAttention, which takes seconds to import.
+    from pipeline.benchmarks.attention_peers import FLEX
+
+    if config.stage == "benchmark" and config.parallel.nodes * config.parallel.gpus_per_node > 1:
+        _refuse("benchmark.name", bench.name, "runs on one GPU", "set parallel=single")
+    groups = tuple(dict.fromkeys(case.group for case in bench.cases))
+    unknown = sorted(set(bench.groups) - set(groups))
+    if unknown or not bench.groups:
+        legal = f"must name some of the cases' groups {', '.join(groups) or '(no cases)'}"
+        _refuse("benchmark.groups", unknown, legal, "set benchmark.groups or benchmark.cases")
+    for index, case in enumerate(bench.cases):
+        _check_kernel_case(f"benchmark.cases[{index}]", case)
+    for index, setting in enumerate(bench.settings):
+        key = f"benchmark.settings[{index}]"
+        if setting.peer not in FLEX:
+            _refuse(f"{key}.peer", setting.peer, f"must be one of {', '.join(FLEX)}", "set it")
+        for side in ("q_block", "k_block"):
+            value = getattr(setting, side)
+            if value < 1:
+                _refuse(f"{key}.{side}", value, "must be at least 1", "set it")
+
+
+def _check_kernel_case(key: str, case: KernelCase) -> None:
+    from pipeline.benchmarks.attention_decode import DECODE
+    from pipeline.benchmarks.attention_peers import DENSE, SPARSE
+
+    for name in ("documents", "length", "heads", "kv_heads", "head_dim"):
+        if getattr(case, name) < 1:
+            _refuse(f"{key}.{name}", getattr(case, name), "must be at least 1", "set it")
+    if case.heads % case.kv_heads:
+        _refuse(f"{key}.kv_heads", case.kv_heads, f"must divide heads={case.heads}", "set both")
+    pattern = Pattern.full() if case.pattern is None else Pattern(**asdict(case.pattern))
+    legal = DECODE if case.group == "decode" else DENSE if pattern.is_full else SPARSE
+    for backend in case.backends:
+        if backend not in legal:
+            kind = "full" if pattern.is_full else "sparse"
+            _refuse(
+                f"{key}.backends",
+                backend,
+                f"must be one of {', '.join(legal)} for a {kind} pattern in the group {case.group}",
+                "set it",
+            )
+    if not case.backends:
+        _refuse(f"{key}.backends", [], f"must name some of {', '.join(legal)}", "set it")
 
 
 def _check_eval(config: Config) -> None:
@@ -258,6 +311,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_data,
     _check_parallel,
     _check_train,
+    _check_benchmark,
     _check_eval,
 )
 
