@@ -17,18 +17,19 @@ from pipeline.runner import execute
 from tests.pipeline.running import ROOT, alone, composed, fresh_logger
 from tests.pipeline.small_run import save_llama, save_text, small
 
-STEPS = 90
+# Steps of a run by how often it is killed.
+STEPS = {1: 21, 20: 90}
 LAYOUT = ("parallel.gpus_per_node=2", "parallel.zero_stage=2", "parallel.restarts=100")
 
 
 FIXED = ("device=cpu", "wandb.mode=disabled", "train.hang_seconds=60")
 
 
-def command(root, variant):
+def command(root, variant, steps):
     keys = small(root, root / "model", *LAYOUT, f"variant={variant}", "stage=finetune")
     # Hydra's grammar has no quotes around keys.
     keys = [re.sub(r'"(\w+)":', r"\1:", key) for key in keys]
-    values = (f"train.steps={STEPS}", "train.save_every=3", "train.validate_every=30")
+    values = (f"train.steps={steps}", "train.save_every=3", "train.validate_every=30")
     return [sys.executable, str(ROOT / "pipeline/run.py"), *keys, *values, *FIXED]
 
 
@@ -39,14 +40,13 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Data and weights, and the run that nothing disturbed."""
+    """Data and weights."""
     root = tmp_path_factory.mktemp("kills")
     save_llama(root / "model")
     save_text(root / "text")
     with fresh_logger():
         for stage in ("fetch", "data_prep", "convert"):
             assert execute(composed(*small(root, root / "model", f"stage={stage}"))) == 0
-    subprocess.run(command(root, "whole"), cwd=ROOT, check=True, env=alone())
     return root
 
 
@@ -123,9 +123,10 @@ def _another(printed: Path, life: int) -> bool:
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_ranks_lose_and_double_nothing(root, kills, tmp_path):
     dice = random.Random(kills)
-    variant = f"killed{kills}"
+    whole, variant, steps = f"whole{kills}", f"killed{kills}", STEPS[kills]
+    subprocess.run(command(root, whole, steps), cwd=ROOT, check=True, env=alone())
     folder = root / "outputs/small" / variant
-    again = command(root, variant)
+    again = command(root, variant, steps)
     done, starts, printed = [], 0, tmp_path / "printed"
     with printed.open("w") as out:
         while not (folder / "finetune").exists():
@@ -143,7 +144,7 @@ def test_killed_ranks_lose_and_double_nothing(root, kills, tmp_path):
             process.wait(300)
     text = printed.read_text()
     assert len(done) == kills, text[-4000:]
-    assert losses(folder / "finetune") == losses(root / "outputs/small/whole/finetune")
+    assert losses(folder / "finetune") == losses(root / f"outputs/small/{whole}/finetune")
     # Of each life: it began at the newest checkpoint, or one that became whole after this look.
     continued = [int(step) for step in re.findall(r"continuing from step (\d+)", text)]
     befores = [before for before, _ in done if before]
