@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The same line for every use: nothing is compiled while DeepSpeed is installed.
 INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
+# The tests of a file share fixtures, and processes that wait for each other leave a core idle.
+TWO_AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all lint clean
 
@@ -33,10 +35,10 @@ demo: $(READY)
 	$(BIN)/python pipeline/run.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
