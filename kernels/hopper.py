@@ -16,12 +16,7 @@ from .call import Call
 from .far_keys import add_far_keys
 from .hopper_backward import hopper_bwd_window_kernel
 from .hopper_forward import hopper_fwd_kernel
-from .triton_attention import (
-    pattern_arguments,
-    row_delta,
-    stride_arguments,
-    tensor_arguments,
-)
+from .triton_attention import backward_arguments, pattern_arguments, row_delta
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -164,18 +159,7 @@ def backward(
     key_tiles = triton.cdiv(tokens, TILE)
     items = key_tiles * kv_heads
     turn = torch.zeros(heads, 2 * key_tiles, dtype=torch.int32, device=q.device)
-    common = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "d_out_ptr": d_out,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "ratio": heads // kv_heads,
-        **stride_arguments(q=q, k=k, v=v, d_out=d_out),
-        **pattern_arguments(call, q.device),
-        **tensor_arguments(q),
-    }
+    common = backward_arguments(q, k, v, d_out, lse, delta, call)
     with torch.cuda.device_of(q):
         hopper_bwd_window_kernel[(min(items, _multiprocessors(q.device)),)](
             q_desc=_boxes(q),

@@ -197,6 +197,30 @@ def row_delta(
     return delta if d_lse_NT is None else delta.sub_(d_lse_NT)
 
 
+def backward_arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    d_out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    call: Call,
+) -> dict:
+    """The arguments that all kernels of a backward share."""
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "d_out_ptr": d_out,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "ratio": q.shape[1] // k.shape[1],
+        **stride_arguments(q=q, k=k, v=v, d_out=d_out),
+        **pattern_arguments(call, q.device),
+        **tensor_arguments(q),
+    }
+
+
 def far_key_parts(common: dict, call: Call) -> tuple[dict, int, int]:
     """What far queries add to dK and dV of special keys, computed, as the adding kernel takes it.
 
@@ -245,18 +269,8 @@ def backward(
     lse = lse_NT.contiguous()
     (tokens, heads, _), kv_heads = q.shape, k.shape[1]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    common = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "d_out_ptr": d_out,
-        "lse_ptr": lse,
-        "delta_ptr": row_delta(_rows(out_TNH), d_out, d_lse_NT),
-        "ratio": heads // kv_heads,
-        **stride_arguments(q=q, k=k, v=v, d_out=d_out),
-        **pattern_arguments(call, q.device),
-        **tensor_arguments(q),
-    }
+    delta = row_delta(_rows(out_TNH), d_out, d_lse_NT)
+    common = backward_arguments(q, k, v, d_out, lse, delta, call)
     far, _, slot_tile = far_key_parts(common, call)
     with torch.cuda.device_of(q):
         size = tiles("dq", q.dtype, q.device)

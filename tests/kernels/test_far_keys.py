@@ -8,12 +8,7 @@ from kernels.call import Call
 from kernels.far_keys import add_far_keys
 from kernels.pattern import Pattern
 from kernels.reference import reference_attention
-from kernels.triton_attention import (
-    pattern_arguments,
-    row_delta,
-    stride_arguments,
-    tensor_arguments,
-)
+from kernels.triton_attention import backward_arguments, row_delta
 
 from .cases import DEVICE, make_inputs, small_tiles
 
@@ -65,18 +60,7 @@ def errors(pattern, lengths, heads=2, kv_heads=1, head_dim=16, monkeypatch=None,
     delta = row_delta(out, d_out, None)
     near, dk, dv = near_gradients(q, k, v, d_out, lse, delta, call)
     call = Call(told or pattern, *(getattr(call, f) for f in list(call.__dict__)[1:]))
-    common = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "d_out_ptr": d_out,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "ratio": heads // kv_heads,
-        **stride_arguments(q=q, k=k, v=v, d_out=d_out),
-        **pattern_arguments(call, q.device),
-        **tensor_arguments(q),
-    }
+    common = backward_arguments(q, k, v, d_out, lse, delta, call)
     dq = add_far_keys(near, dk, dv, common, call)
     wanted = [x.grad for x in inputs]
     return [float((a - b).norm() / b.norm()) for a, b in zip((dq, dk, dv), wanted, strict=True)]

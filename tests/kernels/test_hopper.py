@@ -115,6 +115,42 @@ def test_what_is_not_names_the_other_path(monkeypatch, pattern, changes, says):
     assert says in reason and "pass backend='triton'" in reason
 
 
+class Launched:
+    """In a kernel's place: holds what it is launched with against the kernel's parameters."""
+
+    def __init__(self, kernel):
+        self.names, self.launches = set(kernel.arg_names), []
+
+    def __getitem__(self, grid):
+        def launch(num_warps, **arguments):
+            assert set(arguments) == self.names
+            self.launches.append((grid, arguments))
+
+        return launch
+
+
+def test_launches_with_the_kernels_parameters(monkeypatch):
+    kernels = {}
+    for name in ("hopper_fwd_kernel", "hopper_bwd_window_kernel"):
+        kernels[name] = Launched(getattr(hopper, name))
+        monkeypatch.setattr(hopper, name, kernels[name])
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper, "add_far_keys", lambda near, dk, dv, common, call: near)
+    q, k, v, d_out, d_lse, bounds = make_inputs([130, 20], 4, 2, 64, torch.bfloat16)
+    call = Call(PATTERNS["per_head"], tuple(bounds.tolist()), 1, 5, 0.125)
+    out, lse = hopper.forward(q, k, v, call)
+    dq, dk, dv = hopper.backward(q, k, v, out.zero_(), lse.zero_(), d_out, None, call)
+    assert [x.shape for x in (out, dq, dk, dv)] == [q.shape, q.shape, k.shape, v.shape]
+    (forward,), (backward,) = (kernel.launches for kernel in kernels.values())
+    assert forward[0] == backward[0] == (3,)
+    assert (forward[1]["row_tiles"], forward[1]["items"], forward[1]["ratio"]) == (2, 8, 2)
+    assert forward[1]["PATTERN"] == (64, 200, 64, 4, True)
+    assert (backward[1]["key_tiles"], backward[1]["items"]) == (2, 4)
+    starts = backward[1]["lowest_ptr"].tolist()
+    assert starts == [0] * 130 + [130] * 20
+    assert backward[1]["turn_ptr"].shape == (4, 4) and not backward[1]["turn_ptr"].any()
+
+
 def test_compiles_for_hopper():
     # In a process of its own: here, without a GPU, Triton may be set to interpret.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
