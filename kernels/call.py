@@ -6,6 +6,7 @@ Shapes: T packed tokens, N query heads, G KV heads, H head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -27,10 +28,8 @@ class Call:
     scale: float
 
 
-def check_tensors(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, cu_seqlens: torch.Tensor
-) -> None:
-    """Refuses what does not fit together, by shape, dtype and device; reads no values.
+def check_qkv(q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor) -> None:
+    """Refuses shapes that do not fit together, and tensors on several devices.
 
     Raises:
         ValueError: see the messages.
@@ -42,16 +41,27 @@ def check_tensors(
             f"q {tuple(q_TNH.shape)}, k {tuple(k_TGH.shape)}, v {tuple(v_TGH.shape)}: must be "
             "[T, N, H], [T, G, H], [T, G, H] with N a multiple of G; check the head counts"
         )
+    if not q_TNH.device == k_TGH.device == v_TGH.device:
+        raise ValueError(
+            f"q on {q_TNH.device}, k on {k_TGH.device}, v on {v_TGH.device}: must be on one "
+            "device; move them with .to(device)"
+        )
+
+
+def check_tensors(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    """Refuses what does not fit together, by shape, dtype and device; reads no values.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    check_qkv(q_TNH, k_TGH, v_TGH)
     if not q_TNH.dtype == k_TGH.dtype == v_TGH.dtype or q_TNH.dtype not in DTYPES:
         legal = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(
             f"q {q_TNH.dtype}, k {k_TGH.dtype}, v {v_TGH.dtype}: must be one dtype of {legal}; "
             "cast them with .to(dtype)"
-        )
-    if not q_TNH.device == k_TGH.device == v_TGH.device:
-        raise ValueError(
-            f"q on {q_TNH.device}, k on {k_TGH.device}, v on {v_TGH.device}: must be on one "
-            "device; move them with .to(device)"
         )
     integers = isinstance(cu_seqlens, torch.Tensor) and cu_seqlens.dtype == torch.int32
     if not integers or cu_seqlens.dim() != 1:
@@ -80,7 +90,15 @@ def host_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[int, ...]:
     Raises:
         ValueError: where they do not ascend from 0 to `tokens`.
     """
-    bounds = cu_seqlens.tolist()
+    return whole_bounds(cu_seqlens.tolist(), tokens)
+
+
+def whole_bounds(bounds: list[int], tokens: int) -> tuple[int, ...]:
+    """The documents' cumulative lengths, without empty documents.
+
+    Raises:
+        ValueError: where they do not ascend from 0 to `tokens`.
+    """
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
         shown = bounds if len(bounds) < 9 else f"{bounds[:4]}...{bounds[-1:]}"
         raise ValueError(
@@ -88,3 +106,9 @@ def host_bounds(cu_seqlens: torch.Tensor, tokens: int) -> tuple[int, ...]:
             "cumulative lengths"
         )
     return (0, *(b for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a))
+
+
+@lru_cache(maxsize=64)
+def on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Such bounds as an int32 tensor, made once for all layers of a step."""
+    return torch.tensor(values, dtype=torch.int32, device=device)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+
+from .call import check_qkv, on_device, whole_bounds
 
 log = logging.getLogger("longgen.kernels")
 
@@ -30,12 +32,6 @@ Run = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], float, bool],
     Result,
 ]
-
-
-@lru_cache(maxsize=64)
-def _on_device(bounds: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """cu_seqlens as an int32 tensor, made once for all layers of a step."""
-    return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def _longest(bounds: tuple[int, ...]) -> int:
@@ -54,7 +50,7 @@ def _flash_attn_4(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
     if len(bounds) == 2:
         out, lse = interface.flash_attn_func(q_TNH[None], k_TGH[None], v_TGH[None], **options)
         return out[0], lse[0] if with_lse else None
-    cu_seqlens, longest = _on_device(bounds, q_TNH.device), _longest(bounds)
+    cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
     out, lse = interface.flash_attn_varlen_func(
         q_TNH,
         k_TGH,
@@ -73,7 +69,7 @@ def _flash_attn_older(module: str) -> Run:
 
     def run(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
         attend = import_module(module).flash_attn_varlen_func
-        cu_seqlens, longest = _on_device(bounds, q_TNH.device), _longest(bounds)
+        cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
         options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
         # Early FlashAttention 3 has no such argument and always returns LSE.
         if with_lse and "return_attn_probs" in signature(attend).parameters:
@@ -98,7 +94,7 @@ def _flash_attn_older(module: str) -> Run:
 
 def _torch_flash(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
     # torch.nn.attention.varlen wraps this operator, with arguments that change between versions.
-    cu_seqlens, longest = _on_device(bounds, q_TNH.device), _longest(bounds)
+    cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(q_TNH, k_TGH, v_TGH),
         *(cu_seqlens, cu_seqlens, longest, longest),
@@ -250,7 +246,6 @@ BACKENDS = (
         module="flash_attn_interface",
         majors=(9,),
     ),
-    # cuDNN builds a plan of some tenths of a second for each new length.
     DenseBackend(
         "cudnn",
         _by_document(_cudnn_document),
@@ -331,9 +326,8 @@ def choose(
 
 
 @cache
-def _say_once(backend: str, device: str, passed: tuple[tuple[str, str], ...]) -> None:
-    over = "; ".join(f"{name} {reason}" for name, reason in passed)
-    log.info("full layers on %s run by %s%s", device, backend, f" ({over})" if over else "")
+def _say_once(backend: str, device: str) -> None:
+    log.info("full layers on %s run by %s", device, backend)
 
 
 def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:
@@ -347,26 +341,6 @@ def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:
             f"backend={name!r}: {reason}; for these inputs use one of {', '.join(legal)}, or None"
         )
     return BY_NAME[name]
-
-
-def _check(q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, bounds: list) -> None:
-    (tokens, heads, head_dim), kv_heads = q_TNH.shape, k_TGH.shape[1]
-    if heads % kv_heads or k_TGH.shape != v_TGH.shape or k_TGH.shape[::2] != (tokens, head_dim):
-        raise ValueError(
-            f"q {tuple(q_TNH.shape)}, k {tuple(k_TGH.shape)}, v {tuple(v_TGH.shape)}: must be "
-            "[T, N, H], [T, G, H], [T, G, H] with N a multiple of G; check the head counts"
-        )
-    if not q_TNH.dtype == k_TGH.dtype == v_TGH.dtype:
-        dtypes = ", ".join(_name(x.dtype) for x in (q_TNH, k_TGH, v_TGH))
-        raise ValueError(f"q, k, v of {dtypes}: must be of one dtype; cast them to one")
-    if not q_TNH.device == k_TGH.device == v_TGH.device:
-        devices = ", ".join(str(x.device) for x in (q_TNH, k_TGH, v_TGH))
-        raise ValueError(f"q, k, v on {devices}: must be on one device; move them to one")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
-        raise ValueError(
-            f"cu_seqlens={bounds[:4]}...{bounds[-1:]}: must ascend from 0 to the {tokens} tokens; "
-            "pass the documents' cumulative lengths"
-        )
 
 
 # torch.compile breaks its graph here: traced, the choice and the documents' lengths would become
@@ -401,18 +375,19 @@ def dense_attention(
         ValueError: where shapes, dtypes, devices or cu_seqlens do not fit together, or the named
             backend does not serve such inputs.
     """
-    bounds = list(cu_seqlens)
-    _check(q_TNH, k_TGH, v_TGH, bounds)
-    bounds = (0, *(stop for start, stop in pairwise(bounds) if stop > start))
-    if backend is None and q_TNH.is_cuda and ON_CUDA is not None:
-        backend = ON_CUDA
+    check_qkv(q_TNH, k_TGH, v_TGH)
+    if not q_TNH.dtype == k_TGH.dtype == v_TGH.dtype:
+        dtypes = ", ".join(_name(x.dtype) for x in (q_TNH, k_TGH, v_TGH))
+        raise ValueError(f"q, k, v of {dtypes}: must be of one dtype; cast them to one")
+    bounds = whole_bounds(list(cu_seqlens), q_TNH.shape[0])
     if backend is not None:
         chosen = _named(backend, q_TNH)
+    elif q_TNH.is_cuda:
+        chosen = _named(ON_CUDA, q_TNH)
+        _say_once(chosen.name, q_TNH.device.type)
     else:
-        chosen, passed = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
-        # On a CPU there is nothing to miss.
-        missed = tuple(passed.items()) if q_TNH.is_cuda else ()
-        _say_once(chosen.name, q_TNH.device.type, missed)
+        chosen, _ = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
+        _say_once(chosen.name, q_TNH.device.type)
     if len(bounds) == 1:
         lse = q_TNH.new_empty(q_TNH.shape[1], 0, dtype=torch.float32)
         return (torch.empty_like(q_TNH), lse) if return_lse else torch.empty_like(q_TNH)

@@ -1,4 +1,4 @@
-"""Sparse layers on CUDA through torch's FlexAttention: a named choice, to compare with.
+"""Sparse layers on CUDA through torch's FlexAttention.
 
 The block mask of a row is built once per (pattern, documents) and shared by all layers.
 Shapes: T packed tokens, N query heads, G KV heads, H head dim.

@@ -6,9 +6,9 @@ blocks) of the first query's document, then the window. Documents that begin ins
 queries begin inside the window too, where the mask finds their sinks and strided blocks. Scores of
 a tile of keys are computed while the probabilities of the one before meet their values.
 
-Three things that cost more than they seem to: code that does not fit the instruction cache (one
-loop with a branch for the mask is twice as fast as three loops), a prologue per tile of queries
-(hence programs that stay and load ahead), and tiles of uneven length dealt out by a fixed step.
+Three things that cost more than they seem to: the amount of code (hence one loop with a branch for
+the mask, not three), a prologue per tile of queries (hence programs that stay and load ahead), and
+tiles of uneven length dealt out by a fixed step.
 
 Shapes: T packed tokens, N query heads, G KV heads, H head dim. PATTERN is (sink tokens, window,
 block, stride or 0, phases differ by head). `walk` is what `_walk` returns, `call` the documents'

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import Call
+from .call import Call, on_device
 from .pattern import Pattern
 from .sparse_backward import (
     sparse_attention_bwd_delta_kernel,
@@ -66,11 +66,6 @@ def tiles(kernel: str, dtype: torch.dtype, device: torch.device) -> dict[str, in
 
 
 @lru_cache(maxsize=64)
-def _on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-@lru_cache(maxsize=64)
 def _slot_tiles(pattern: Pattern, bounds: tuple[int, ...], tile: int) -> tuple[int, ...]:
     """For each document the first of its tiles of `tile` special keys that have far queries."""
     lengths = np.diff(np.asarray(bounds, dtype=np.int64))
@@ -100,7 +95,7 @@ def pattern_arguments(call: Call, device: torch.device) -> dict:
     """What the kernels are told of the pattern, the documents and the shard."""
     documents, tokens = len(call.bounds) - 1, call.bounds[-1]
     return {
-        "cu_seqlens": _on_device(call.bounds, device),
+        "cu_seqlens": on_device(call.bounds, device),
         "documents": documents,
         "search_steps": max(0, documents - 1).bit_length(),
         "tokens": tokens,
@@ -242,7 +237,7 @@ def far_key_parts(common: dict, call: Call) -> tuple[dict, int, int]:
         "partial_ptr": q.new_empty(
             kv_heads, splits * ratio, slots, 2, head_dim, dtype=torch.float32
         ),
-        "slot_tiles": _on_device(slot_tiles, q.device),
+        "slot_tiles": on_device(slot_tiles, q.device),
         "slots": slots,
         "splits": splits,
     }
