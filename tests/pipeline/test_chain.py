@@ -18,7 +18,8 @@ PATTERNS = {
 }
 # Dies as under kill -9 after the third step, half-way between two checkpoints.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 from pipeline.runner import execute
@@ -28,6 +29,11 @@ honest = Metrics.write
 def write(metrics, record):
     honest(metrics, record)
     if (record["kind"], record["step"]) == ("train", 3):
+        # Step 2 is saved in the background, which may take longer than a step.
+        latest = Path(metrics.file.name).parent / "checkpoints/latest"
+        until = time.monotonic() + 60
+        while not latest.exists() and time.monotonic() < until:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 Metrics.write = write
 execute(composed(*sys.argv[2:]))
