@@ -43,7 +43,7 @@ class Settings(NamedTuple):
 
 # By the padded number of queries of a tile.
 SETTINGS = {
-    16: Settings(tile_k=64, num_warps=4, num_stages=3),
+    16: Settings(tile_k=64, num_warps=4, num_stages=4),
     32: Settings(tile_k=64, num_warps=4, num_stages=3),
     64: Settings(tile_k=64, num_warps=4, num_stages=3),
     128: Settings(tile_k=64, num_warps=8, num_stages=3),
@@ -55,8 +55,8 @@ WIDE_SETTINGS = {
     64: Settings(tile_k=32, num_warps=8, num_stages=2),
     128: Settings(tile_k=32, num_warps=16, num_stages=2),
 }
-# Programs that fill a large GPU several times over, and the fewest slots worth one.
-PROGRAMS, LEAST_SLOTS = 1056, 128
+# Programs that fill a large GPU, and the fewest slots worth one.
+PROGRAMS, LEAST_SLOTS = 528, 256
 # Splits that the merge takes at a time.
 MERGED_SPLITS = 32
 

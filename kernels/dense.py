@@ -107,6 +107,9 @@ def _torch_flash(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
 
 
 def _cudnn_document(q_NLH, k_GLH, v_GLH, scale, with_lse) -> Result:
+    if q_NLH.shape[1] == 1:
+        # cuDNN refuses a backward of a single query and key.
+        return _sdpa_document(q_NLH, k_GLH, v_GLH, scale, with_lse)
     # The operator under sdpa_kernel(CUDNN_ATTENTION): the public function keeps LSE to itself.
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q_NLH[None], k_GLH[None], v_GLH[None], None, True, 0.0, True, scale=scale
@@ -273,8 +276,6 @@ BACKENDS = (
     ),
 )
 BY_NAME = {backend.name: backend for backend in BACKENDS}
-# On a GPU the fastest takes this one's place when the tests of all have run there.
-ON_CUDA = "torch_sdpa"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -364,8 +365,7 @@ def dense_attention(
         cu_seqlens: the documents' cumulative lengths.
         softmax_scale: by default 1 / sqrt(H).
         return_lse: also return the natural-log LSE [N, T] in float32.
-        backend: a name of BACKENDS; None takes ON_CUDA on a GPU, elsewhere the first that fits,
-            said once in the log.
+        backend: a name of BACKENDS; None takes the first that fits, said once in the log.
 
     Returns:
         out [T, N, H] in the inputs' dtype, with return_lse (out, lse); differentiable in q, k and
@@ -382,9 +382,6 @@ def dense_attention(
     bounds = whole_bounds(list(cu_seqlens), q_TNH.shape[0])
     if backend is not None:
         chosen = _named(backend, q_TNH)
-    elif q_TNH.is_cuda:
-        chosen = _named(ON_CUDA, q_TNH)
-        _say_once(chosen.name, q_TNH.device.type)
     else:
         chosen, _ = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
         _say_once(chosen.name, q_TNH.device.type)

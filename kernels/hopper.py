@@ -12,11 +12,12 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .call import Call
+from .call import Call, on_device
 from .far_keys import add_far_keys
 from .hopper_backward import hopper_bwd_window_kernel
+from .hopper_far import hopper_bwd_far_dkv_kernel, hopper_bwd_far_dq_kernel
 from .hopper_forward import hopper_fwd_kernel
-from .triton_attention import backward_arguments, pattern_arguments, row_delta
+from .triton_attention import far_slot_tiles, pattern_arguments, row_delta
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -27,6 +28,10 @@ BOX = 64
 TILE = 128
 FORWARD_STAGES = {64: 4, 128: 2}
 BACKWARD_STAGES = 2
+FAR_DQ_STAGES = {64: 4, 128: 3}
+FAR_DKV_STAGES = {64: 8, 128: 5}
+# Programs among which the far queries are split, and the fewest queries of one.
+FAR_PROGRAMS, FAR_QUERIES = 1024, 1024
 # Kept clear of the ends of 32 bits, whatever is added.
 MOST = 2**30
 
@@ -86,10 +91,26 @@ def _boxes(x_TNH: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(x_TNH, shape, strides, box, layout)
 
 
-def _documents(call: Call, device: torch.device) -> dict:
+def _document_arguments(call: Call, device: torch.device) -> dict:
     """What the Gluon kernels are told of the documents."""
     told = pattern_arguments(call, device)
     return {name: told[name] for name in ("cu_seqlens", "documents", "search_steps", "tokens")}
+
+
+def _pattern_arguments(call: Call) -> dict:
+    """What the Gluon kernels that walk special keys are told of the pattern and the shard."""
+    pattern = call.pattern
+    return {
+        "first_kv_head": call.first_kv_head,
+        "total_kv_heads": call.total_kv_heads,
+        "PATTERN": (
+            pattern.sink_tokens,
+            min(pattern.window, MOST),
+            pattern.block,
+            pattern.stride or 0,
+            pattern.heads_differ,
+        ),
+    }
 
 
 def forward(
@@ -98,7 +119,6 @@ def forward(
     """(out [T, N, H], LSE [N, T] float32)."""
     q, k, v = (_heads_abreast(x) for x in (q_TNH, k_TGH, v_TGH))
     tokens, heads, head_dim = q.shape
-    pattern = call.pattern
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, tokens, dtype=torch.float32)
     row_tiles = triton.cdiv(tokens, TILE)
@@ -113,22 +133,27 @@ def forward(
             row_tiles=row_tiles,
             items=items,
             ratio=heads // k.shape[1],
-            first_kv_head=call.first_kv_head,
-            total_kv_heads=call.total_kv_heads,
             scale_log2=call.scale * LOG2E,
             HEAD_DIM=head_dim,
-            PATTERN=(
-                pattern.sink_tokens,
-                min(pattern.window, MOST),
-                pattern.block,
-                pattern.stride or 0,
-                pattern.heads_differ,
-            ),
             STAGES=FORWARD_STAGES[head_dim],
             num_warps=4,
-            **_documents(call, q.device),
+            **_pattern_arguments(call),
+            **_document_arguments(call, q.device),
         )
     return out, lse
+
+
+def _backward_arguments(tensors: dict, call: Call) -> dict:
+    """The arguments that all Gluon kernels of a backward share."""
+    q, k = tensors["q"], tensors["k"]
+    return {
+        **{f"{name}_desc": _boxes(tensors[name]) for name in ("q", "k", "v", "d_out")},
+        **{f"{name}_ptr": tensors[name] for name in ("lse", "delta")},
+        "ratio": q.shape[1] // k.shape[1],
+        "scale": call.scale,
+        "HEAD_DIM": q.shape[2],
+        **_document_arguments(call, q.device),
+    }
 
 
 def _window_starts(call: Call, device: torch.device) -> torch.Tensor:
@@ -137,6 +162,84 @@ def _window_starts(call: Call, device: torch.device) -> torch.Tensor:
     rows = torch.arange(call.bounds[-1], dtype=torch.int32, device=device)
     starts = bounds[torch.searchsorted(bounds[1:], rows, right=True)]
     return torch.maximum(starts, rows - (min(call.pattern.window, MOST) - 1))
+
+
+def _window_gradients(tensors: dict, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The window's part: of dq without the scale, in float32, and of dk and dv."""
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    near = q.new_empty(q.shape, dtype=torch.float32)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    key_tiles = triton.cdiv(tokens, TILE)
+    items = key_tiles * kv_heads
+    hopper_bwd_window_kernel[(min(items, _multiprocessors(q.device)),)](
+        dq_desc=_boxes(near),
+        lowest_ptr=_window_starts(call, q.device),
+        turn_ptr=torch.zeros(heads, 2 * key_tiles, dtype=torch.int32, device=q.device),
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dk_stride_t=kv_heads * head_dim,
+        key_tiles=key_tiles,
+        items=items,
+        WINDOW=min(call.pattern.window, MOST),
+        STAGES=BACKWARD_STAGES,
+        num_warps=4,
+        **_backward_arguments(tensors, call),
+    )
+    return near, dk, dv
+
+
+def _far_key_parts(tensors: dict, call: Call) -> tuple[dict, int]:
+    """What far queries add to dK and dV of special keys, computed, as the adding kernel takes it.
+
+    Returns:
+        (partial_ptr, slot_tiles, slots and splits by name, tiles of BOX special keys).
+    """
+    q, kv_heads = tensors["q"], tensors["k"].shape[1]
+    tokens, heads, head_dim = q.shape
+    ratio = heads // kv_heads
+    slot_tiles = far_slot_tiles(call.pattern, call.bounds, TILE)
+    tiles = slot_tiles[-1]
+    splits = min(FAR_PROGRAMS // max(1, tiles * heads), triton.cdiv(tokens, FAR_QUERIES))
+    splits = max(1, splits)
+    shape = kv_heads, splits * ratio, tiles * TILE, 2, head_dim
+    far = {
+        "partial_ptr": q.new_empty(shape, dtype=torch.float32),
+        "slots": tiles * TILE,
+        "splits": splits,
+    }
+    if tiles:
+        hopper_bwd_far_dkv_kernel[(tiles, splits * ratio, kv_heads)](
+            slot_tiles=on_device(slot_tiles, q.device),
+            STAGES=FAR_DKV_STAGES[head_dim],
+            num_warps=4,
+            **far,
+            **_pattern_arguments(call),
+            **_backward_arguments(tensors, call),
+        )
+    boxes = TILE // BOX
+    far["slot_tiles"] = on_device(tuple(boxes * tile for tile in slot_tiles), q.device)
+    return far, boxes * tiles
+
+
+def _whole_dq(near_TNH: torch.Tensor, tensors: dict, call: Call) -> torch.Tensor:
+    """dq [T, N, H]: the window's part and the far special keys'."""
+    q = tensors["q"]
+    tokens, heads, head_dim = q.shape
+    dq = q.new_empty(q.shape)
+    row_tiles = triton.cdiv(tokens, TILE)
+    items = row_tiles * heads
+    hopper_bwd_far_dq_kernel[(min(items, _multiprocessors(q.device)),)](
+        near_desc=_boxes(near_TNH),
+        dq_desc=_boxes(dq),
+        row_tiles=row_tiles,
+        items=items,
+        STAGES=FAR_DQ_STAGES[head_dim],
+        num_warps=4,
+        **_pattern_arguments(call),
+        **_backward_arguments(tensors, call),
+    )
+    return dq
 
 
 def backward(
@@ -150,38 +253,13 @@ def backward(
     call: Call,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq [T, N, H], dk [T, G, H], dv [T, G, H]); the same inputs give the same bits."""
-    q, k, v, d_out = (_heads_abreast(x) for x in (q_TNH, k_TGH, v_TGH, d_out_TNH))
-    lse = lse_NT.contiguous()
-    delta = row_delta(out_TNH, d_out, d_lse_NT)
-    (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    near = q.new_empty(q.shape, dtype=torch.float32)
-    key_tiles = triton.cdiv(tokens, TILE)
-    items = key_tiles * kv_heads
-    turn = torch.zeros(heads, 2 * key_tiles, dtype=torch.int32, device=q.device)
-    common = backward_arguments(q, k, v, d_out, lse, delta, call)
-    with torch.cuda.device_of(q):
-        hopper_bwd_window_kernel[(min(items, _multiprocessors(q.device)),)](
-            q_desc=_boxes(q),
-            d_out_desc=_boxes(d_out),
-            k_desc=_boxes(k),
-            v_desc=_boxes(v),
-            dq_desc=_boxes(near),
-            lse_ptr=lse,
-            delta_ptr=delta,
-            lowest_ptr=_window_starts(call, q.device),
-            turn_ptr=turn,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            dk_stride_t=kv_heads * head_dim,
-            key_tiles=key_tiles,
-            items=items,
-            ratio=heads // kv_heads,
-            scale=call.scale,
-            HEAD_DIM=head_dim,
-            WINDOW=min(call.pattern.window, MOST),
-            STAGES=BACKWARD_STAGES,
-            num_warps=4,
-            **_documents(call, q.device),
-        )
-    return add_far_keys(near, dk, dv, common, call), dk, dv
+    inputs = {"q": q_TNH, "k": k_TGH, "v": v_TGH, "d_out": d_out_TNH}
+    tensors = {name: _heads_abreast(x) for name, x in inputs.items()}
+    tensors["lse"] = lse_NT.contiguous()
+    tensors["delta"] = row_delta(out_TNH, tensors["d_out"], d_lse_NT)
+    with torch.cuda.device_of(q_TNH):
+        near, dk, dv = _window_gradients(tensors, call)
+        far, tiles = _far_key_parts(tensors, call)
+        if tiles:
+            add_far_keys(dk, dv, far, tiles, BOX, call)
+        return _whole_dq(near, tensors, call), dk, dv

@@ -7,7 +7,7 @@ share stays in the L2 cache. The tiles of keys that meet a tile of queries take 
 last of them first, which is the order in which they come anyway: the same bits every time, and the
 first one stores where the others add, so that nothing need be zeroed.
 
-Special keys (sink tokens, strided blocks) before a query's window are left to far_keys.
+Special keys (sink tokens, strided blocks) before a query's window are left to hopper_far.
 
 Shapes: T packed tokens, N query heads, G KV heads, R = N / G, H head dim. `call` is the documents'
 bounds on the device, their number, the steps of a bisection among them, and T; `work` the tiles of
@@ -27,8 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_copies import async_add, async_load, async_load_elements, async_store, store_wait
-from .hopper_forward import program_item, program_turns
+from .gluon_names import async_add, async_load, async_load_elements, async_store, store_wait
+from .hopper_walk import document_of, program_item, program_turns
 
 KEYS = gl.constexpr(128)
 QUERIES = gl.constexpr(64)
@@ -55,25 +55,13 @@ def _item(n, key_tiles):
 
 
 @gluon.jit
-def _document_stop(cu_seqlens, documents, search_steps, token):
-    """The token after the document that holds `token`, by bisection."""
-    low = token * 0
-    high = low + documents
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        right = gl.load(cu_seqlens + middle) <= token
-        low = gl.where(right, middle, low)
-        high = gl.where(right, high, middle)
-    return gl.load(cu_seqlens + low + 1)
-
-
-@gluon.jit
 def _query_tiles(first_key, call, WINDOW: gl.constexpr):
     """(query tiles of a key tile, the first that sees it whole, the first after these)."""
     cu_seqlens, documents, search_steps, tokens = call
     last_key = gl.minimum(first_key + KEYS, tokens) - 1
-    first_stop = _document_stop(cu_seqlens, documents, search_steps, first_key)
-    last_stop = _document_stop(cu_seqlens, documents, search_steps, last_key)
+    search = (documents, search_steps)
+    first_stop = gl.load(cu_seqlens + document_of(cu_seqlens, *search, first_key) + 1)
+    last_stop = gl.load(cu_seqlens + document_of(cu_seqlens, *search, last_key) + 1)
     stop_row = gl.minimum(last_key + WINDOW, last_stop)
     tiles = gl.cdiv(stop_row - first_key, QUERIES)
     whole = (last_key - first_key + QUERIES - 1) // QUERIES

@@ -27,47 +27,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_copies import async_load, async_store, store_wait
+from .gluon_names import async_load, async_store, store_wait
+from .hopper_walk import (
+    HALF,
+    document_of,
+    first_strided,
+    head_phase,
+    program_item,
+    program_turns,
+    special_place,
+)
 
-HALF = gl.constexpr(64)
 ROWS = gl.constexpr(64)
 PANEL = gl.constexpr(64)
 CONSUMERS = gl.constexpr(2)
 TILE_ROWS = gl.constexpr(128)
-
-
-@gluon.jit
-def program_turns(items):
-    """How many of the items this program takes."""
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    rounds = items // programs
-    last = gl.where(rounds % 2 == 0, program, programs - 1 - program)
-    return rounds + gl.where(rounds * programs + last < items, 1, 0)
-
-
-@gluon.jit
-def program_item(n):
-    """The n-th item of this program.
-
-    Programs are dealt items forwards and backwards in turn, so that none has the long ones only.
-    """
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    return n * programs + gl.where(n % 2 == 0, program, programs - 1 - program)
-
-
-@gluon.jit
-def _document_start(cu_seqlens, documents, search_steps, token):
-    """First token of the document that holds `token`, by bisection; any shape."""
-    low = token * 0
-    high = low + documents
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        right = gl.load(cu_seqlens + middle) <= token
-        low = gl.where(right, middle, low)
-        high = gl.where(right, high, middle)
-    return gl.load(cu_seqlens + low)
 
 
 @gluon.jit
@@ -89,17 +63,16 @@ def _walk(n, row_tiles, call, PATTERN: gl.constexpr):
     kv_head = head // ratio
     first_row = item % row_tiles * TILE_ROWS
     stop_row = gl.minimum(first_row + TILE_ROWS, tokens)
-    first_start = _document_start(cu_seqlens, documents, search_steps, first_row)
-    last_start = _document_start(cu_seqlens, documents, search_steps, stop_row - 1)
+    search = (documents, search_steps)
+    first_start = gl.load(cu_seqlens + document_of(cu_seqlens, *search, first_row))
+    last_start = gl.load(cu_seqlens + document_of(cu_seqlens, *search, stop_row - 1))
     near = gl.maximum(first_row - WINDOW + 1, first_start) - first_start
-    phase = 0
+    phase = head_phase(kv_head, first_kv_head, total_kv_heads, PATTERN)
     if STRIDE > 0:
-        if PATTERN[4]:
-            phase = (first_kv_head + kv_head) * STRIDE // total_kv_heads
         # The window begins at the edge of a strided block, so that none lies half before it.
         near = near // BLOCK * BLOCK
         special = gl.minimum(SINKS, near) // HALF
-        first = phase + gl.maximum((SINKS // BLOCK - phase + STRIDE - 1) // STRIDE, 0) * STRIDE
+        first = first_strided(phase, PATTERN)
         blocks = gl.maximum((near // BLOCK - first + STRIDE - 1) // STRIDE, 0)
         special += blocks * (BLOCK // HALF)
     else:
@@ -121,17 +94,7 @@ def _walk(n, row_tiles, call, PATTERN: gl.constexpr):
 def _half(number, walk, PATTERN: gl.constexpr):
     """First key of the half of that number."""
     first_start, near, special, phase = walk
-    SINKS: gl.constexpr = PATTERN[0]
-    BLOCK: gl.constexpr = PATTERN[2]
-    STRIDE: gl.constexpr = PATTERN[3]
-    place = number * HALF
-    if STRIDE > 0:
-        BLOCK_HALVES: gl.constexpr = BLOCK // HALF
-        first = phase + gl.maximum((SINKS // BLOCK - phase + STRIDE - 1) // STRIDE, 0) * STRIDE
-        strided = number - SINKS // HALF
-        block = first + strided // BLOCK_HALVES * STRIDE
-        strided = block * BLOCK + strided % BLOCK_HALVES * HALF
-        place = gl.where(number < SINKS // HALF, place, strided)
+    place = special_place(number, phase, PATTERN)
     return gl.where(number < special, first_start + place, near + (number - special) * HALF)
 
 
@@ -265,7 +228,8 @@ def _consume(
         buffer = n & 1
         at = (buffer * CONSUMERS + WG) * PANELS
         rows = first_row + WG * ROWS + gl.arange(0, ROWS, layout=ROW)
-        starts = _document_start(cu_seqlens, documents, search_steps, gl.minimum(rows, tokens - 1))
+        document = document_of(cu_seqlens, documents, search_steps, gl.minimum(rows, tokens - 1))
+        starts = gl.load(cu_seqlens + document)
         highest = gl.full([ROWS], -1e30, gl.float32, layout=ROW)
         total = gl.zeros([ROWS], gl.float32, layout=ROW)
         out0 = gl.zeros([ROWS, PANEL], gl.float32, layout=O_LAYOUT)

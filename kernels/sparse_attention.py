@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -58,11 +59,10 @@ def _tiled() -> Backend:
 
 # Loaded when first used: an export folder runs where there is no Triton.
 BACKENDS = {"hopper": _hopper, "triton": _triton, "tiled": _tiled}
-FLEX = "flex"
-# By kind of device, the fastest first: the first one that supports the call runs it. Elsewhere that
-# is the tiled one. On GPUs ("hopper", "triton") and ("triton",) take FlexAttention's place when
-# their tests have run there.
-FASTEST = {"hopper": (FLEX,), "cuda": (FLEX,)}
+# By kind of device, the fastest first: the first one that supports the call runs it. Elsewhere, and
+# where there is no Triton, that is the tiled one.
+TILED = ("tiled",)
+FASTEST = {"hopper": ("hopper", "triton"), "cuda": ("triton",)}
 
 
 @cache
@@ -70,10 +70,11 @@ def _say_once(backend: str, device: str) -> None:
     log.info("sparse layers on %s run by %s", device, backend)
 
 
-def _kind(device: torch.device) -> str:
-    """Of FASTEST: a CUDA GPU of compute capability 9.0 is a Hopper one."""
+def _fastest(device: torch.device) -> tuple[str, ...]:
+    """FASTEST of the device's kind: a CUDA GPU of compute capability 9.0 is a Hopper one."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return "hopper" if hopper else device.type
+    has_triton = find_spec("triton") is not None
+    return FASTEST.get("hopper" if hopper else device.type, TILED) if has_triton else TILED
 
 
 def _choose(q_TNH: torch.Tensor, call: Call, name: str | None) -> Backend:
@@ -83,11 +84,10 @@ def _choose(q_TNH: torch.Tensor, call: Call, name: str | None) -> Backend:
         ValueError: where none does, or not the named one.
     """
     if name is not None and name not in BACKENDS:
-        legal = ", ".join((*BACKENDS, FLEX))
+        legal = ", ".join(BACKENDS)
         raise ValueError(f"backend={name!r}: must be one of {legal} or None for the fastest")
     reasons = []
-    fastest = FASTEST.get(_kind(q_TNH.device), ("tiled",))
-    for candidate in fastest if name is None else (name,):
+    for candidate in _fastest(q_TNH.device) if name is None else (name,):
         backend = BACKENDS[candidate]()
         reason = backend.supports(q_TNH, call)
         if reason is None:
@@ -207,7 +207,7 @@ def sparse_attention(
         softmax_scale: above 0; by default 1 / sqrt(H).
         return_lse: return the natural-log LSE too, which merge_partials takes.
         backend: None for the fastest that supports the call. On CUDA "hopper", "triton" or, to
-            compare with, "flex" and "tiled"; on a CPU "tiled" (and "triton" where
+            compare with, "tiled"; on a CPU "tiled" (and "triton" where
             TRITON_INTERPRET=1). For full patterns one of kernels.dense.
 
     Returns:
@@ -229,32 +229,19 @@ def sparse_attention(
         bounds = list(host_bounds(cu_seqlens, tokens))
         options = {"softmax_scale": scale, "return_lse": return_lse, "backend": backend}
         return dense_attention(q_TNH, k_TGH, v_TGH, bounds, **options)
-    if backend is None and FASTEST.get(_kind(q_TNH.device)) == (FLEX,):
-        backend = FLEX
-    if backend == FLEX:
-        from .flex import flex_sparse_attention
-
-        if not q_TNH.is_cuda:
-            raise ValueError(
-                f"backend='flex': tensors are on {q_TNH.device}, not on a CUDA GPU; move them or "
-                "pass backend='tiled'"
-            )
-        call = Call(pattern, host_bounds(cu_seqlens, tokens), first_kv_head, total, scale)
-        out, lse = flex_sparse_attention(q_TNH, k_TGH, v_TGH, call, return_lse)
-    else:
-        out, lse = SPARSE_ATTENTION_FWD(
-            q_TNH,
-            k_TGH,
-            v_TGH,
-            cu_seqlens,
-            pattern.sink_tokens,
-            pattern.window,
-            pattern.block,
-            pattern.stride,
-            pattern.phase,
-            first_kv_head,
-            total,
-            scale,
-            backend,
-        )
+    out, lse = SPARSE_ATTENTION_FWD(
+        q_TNH,
+        k_TGH,
+        v_TGH,
+        cu_seqlens,
+        pattern.sink_tokens,
+        pattern.window,
+        pattern.block,
+        pattern.stride,
+        pattern.phase,
+        first_kv_head,
+        total,
+        scale,
+        backend,
+    )
     return (out, lse) if return_lse else out

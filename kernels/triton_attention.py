@@ -66,7 +66,7 @@ def tiles(kernel: str, dtype: torch.dtype, device: torch.device) -> dict[str, in
 
 
 @lru_cache(maxsize=64)
-def _slot_tiles(pattern: Pattern, bounds: tuple[int, ...], tile: int) -> tuple[int, ...]:
+def far_slot_tiles(pattern: Pattern, bounds: tuple[int, ...], tile: int) -> tuple[int, ...]:
     """For each document the first of its tiles of `tile` special keys that have far queries."""
     lengths = np.diff(np.asarray(bounds, dtype=np.int64))
     special = np.minimum(lengths, pattern.sink_tokens)
@@ -84,7 +84,7 @@ def supports(q_TNH: torch.Tensor, call: Call) -> str | None:
         )
     if q_TNH.shape[2] not in HEAD_DIMS:
         legal = ", ".join(str(dim) for dim in HEAD_DIMS)
-        return f"head dim {q_TNH.shape[2]} is not one of {legal}; pass backend='flex' or 'tiled'"
+        return f"head dim {q_TNH.shape[2]} is not one of {legal}; pass backend='tiled'"
     period = call.pattern.block * (call.pattern.stride or 1)
     if period >= 2**31:
         return f"block * stride = {period} is not below 2^31; pass backend='tiled'"
@@ -228,7 +228,7 @@ def far_key_parts(common: dict, call: Call) -> tuple[dict, int, int]:
     q, kv_heads = common["q_ptr"], common["k_ptr"].shape[1]
     (tokens, heads, head_dim), ratio = q.shape, common["ratio"]
     size = tiles("far", q.dtype, q.device)
-    slot_tiles = _slot_tiles(call.pattern, call.bounds, size["TILE_K"])
+    slot_tiles = far_slot_tiles(call.pattern, call.bounds, size["TILE_K"])
     far_tiles = slot_tiles[-1]
     slots = far_tiles * size["TILE_K"]
     splits = min(FAR_PROGRAMS // max(1, far_tiles * heads), triton.cdiv(tokens, FAR_QUERIES))

@@ -6,11 +6,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.hopper_backward import hopper_bwd_window_kernel
+from kernels.hopper_far import hopper_bwd_far_dkv_kernel, hopper_bwd_far_dq_kernel
 from kernels.hopper_forward import hopper_fwd_kernel
 
+STRIDED = (64, 192, 64, 4, True)
 KERNELS = (
-    (hopper_fwd_kernel, {"HEAD_DIM": 128, "PATTERN": (64, 192, 64, 4, True), "STAGES": 2}),
+    (hopper_fwd_kernel, {"HEAD_DIM": 128, "PATTERN": STRIDED, "STAGES": 2}),
     (hopper_bwd_window_kernel, {"HEAD_DIM": 64, "WINDOW": 256, "STAGES": 2}),
+    (hopper_bwd_far_dkv_kernel, {"HEAD_DIM": 64, "PATTERN": STRIDED, "STAGES": 2}),
+    (hopper_bwd_far_dq_kernel, {"HEAD_DIM": 64, "PATTERN": STRIDED, "STAGES": 2}),
 )
 
 
@@ -21,8 +25,10 @@ def ptx(kernel, constants) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
         return f"tensordesc<{dtype}[64, 64],{layout!r}>"
 
-    kinds = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "dq_desc": boxes(gl.float32)}
-    kinds |= dict.fromkeys(("cu_seqlens", "lowest_ptr", "turn_ptr"), "*i32")
+    kinds = dict.fromkeys(("lse_ptr", "delta_ptr", "partial_ptr"), "*fp32")
+    # The window's part of dQ, by the names of the kernels that write and read it.
+    kinds["near_desc" if "near_desc" in kernel.arg_names else "dq_desc"] = boxes(gl.float32)
+    kinds |= dict.fromkeys(("cu_seqlens", "slot_tiles", "lowest_ptr", "turn_ptr"), "*i32")
     kinds |= dict.fromkeys(("dk_ptr", "dv_ptr"), "*bf16")
     kinds |= dict.fromkeys(("scale", "scale_log2"), "fp32")
     kinds |= dict.fromkeys(constants, "constexpr")

@@ -1,4 +1,4 @@
-"""Tiled PyTorch, torch's FlexAttention and the choice between backends, against the oracle."""
+"""Tiled PyTorch and the choice between backends, against the oracle."""
 
 import importlib.util
 import logging
@@ -37,7 +37,7 @@ def test_cpu_matches_reference_in_half_precision(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("backend", [None, "tiled", "flex"])
+@pytest.mark.parametrize("backend", [None, "tiled"])
 @pytest.mark.parametrize("documents", [[1111], [700, 1, 1347]], ids=str)
 @pytest.mark.parametrize("name", ["sinks_window", "per_head"])
 def test_gpu_matches_reference(name, documents, backend):

@@ -75,11 +75,7 @@ REFUSED = {
     "scale": ({"softmax_scale": 0.0}, "softmax_scale=0.0: must be above 0; None takes"),
     "backend": (
         {"backend": "cudnn"},
-        "backend='cudnn': must be one of hopper, triton, tiled, flex or None for the fastest",
-    ),
-    "flex_on_a_cpu": (
-        {"backend": "flex"},
-        "backend='flex': tensors are on cpu, not on a CUDA GPU; move them or pass backend='tiled'",
+        "backend='cudnn': must be one of hopper, triton, tiled or None for the fastest",
     ),
 }
 
@@ -102,7 +98,7 @@ def test_a_window_of_zero_never_reaches_a_kernel():
 
 @pytest.mark.skipif(ON_GPU, reason="the interpreter takes CPU tensors")
 def test_a_head_dim_that_triton_does_not_take():
-    message = "backend='triton': head dim 48 is not one of 64, 80, 96, 128; pass backend='flex'"
+    message = "backend='triton': head dim 48 is not one of 64, 80, 96, 128; pass backend='tiled'"
     with pytest.raises(ValueError, match=message):
         call(backend="triton", **{name: lambda x: x[..., :48] for name in "qkv"})
 

@@ -166,8 +166,10 @@ REFUSED = {
     "first_kv_head=1 with 2 KV heads": {"first_kv_head": lambda c: 1},
     "first_kv_head=-1": {"first_kv_head": lambda c: -1},
     "softmax_scale=0": {"softmax_scale": lambda c: 0.0},
-    "k has strides": {"k": lambda c: torch.randn(2, 2, 40, 66)[..., :64]},
-    "from byte 4": {"v": lambda c: torch.randn(2 * 2 * 40 * 64 + 1)[1:].view(2, 2, 40, 64)},
+    "k has strides": {"k": lambda c: torch.randn(2, 2, 40, 66, device=DEVICE)[..., :64]},
+    "from byte 4": {
+        "v": lambda c: torch.randn(2 * 2 * 40 * 64 + 1, device=DEVICE)[1:].view(2, 2, 40, 64)
+    },
     "pass a contiguous tensor": {"v": lambda c: c["v"].mT.contiguous().mT},
 }
 

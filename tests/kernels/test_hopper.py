@@ -23,6 +23,7 @@ PATTERNS = {
     "per_head": Pattern(64, 200, 64, 4, "per_head"),
     "wide_blocks": Pattern(128, 131, 128, 3, "per_head"),
 }
+KERNELS = ("fwd", "bwd_window", "bwd_far_dkv", "bwd_far_dq")
 DOCUMENTS = {
     "one": [1111],
     "many": [700, 1, 1347],
@@ -74,10 +75,12 @@ def test_views_are_read_as_they_lie():
     bounds = torch.tensor([0, 700], dtype=torch.int32)
     views = qkv.unbind(1)
     odd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in views]
-    wanted = sparse_attention(*(x.contiguous() for x in views), PATTERNS["sinks"], bounds)
-    for inputs in (views, odd):
-        got = sparse_attention(*inputs, PATTERNS["sinks"], bounds, backend="hopper")
-        assert torch.equal(got, wanted)
+    whole = [x.contiguous() for x in views]
+    wanted, *got = (
+        sparse_attention(*inputs, PATTERNS["sinks"], bounds, backend="hopper")
+        for inputs in (whole, views, odd)
+    )
+    assert all(torch.equal(x, wanted) for x in got)
 
 
 def refusal(monkeypatch, pattern, head_dim=128, dtype=torch.bfloat16, capability=(9, 0)):
@@ -131,24 +134,32 @@ class Launched:
 
 def test_launches_with_the_kernels_parameters(monkeypatch):
     kernels = {}
-    for name in ("hopper_fwd_kernel", "hopper_bwd_window_kernel"):
+    for name in (f"hopper_{name}_kernel" for name in KERNELS):
         kernels[name] = Launched(getattr(hopper, name))
         monkeypatch.setattr(hopper, name, kernels[name])
     monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper, "add_far_keys", lambda near, dk, dv, common, call: near)
-    q, k, v, d_out, d_lse, bounds = make_inputs([130, 20], 4, 2, 64, torch.bfloat16)
+    monkeypatch.setattr(hopper, "row_delta", lambda out, d_out, d_lse: lse)
+    added = []
+    monkeypatch.setattr(hopper, "add_far_keys", lambda *arguments: added.append(arguments))
+    q, k, v, d_out, d_lse, bounds = make_inputs([530, 20], 4, 2, 64, torch.bfloat16)
     call = Call(PATTERNS["per_head"], tuple(bounds.tolist()), 1, 5, 0.125)
     out, lse = hopper.forward(q, k, v, call)
     dq, dk, dv = hopper.backward(q, k, v, out.zero_(), lse.zero_(), d_out, None, call)
     assert [x.shape for x in (out, dq, dk, dv)] == [q.shape, q.shape, k.shape, v.shape]
-    (forward,), (backward,) = (kernel.launches for kernel in kernels.values())
-    assert forward[0] == backward[0] == (3,)
-    assert (forward[1]["row_tiles"], forward[1]["items"], forward[1]["ratio"]) == (2, 8, 2)
+    (forward,), (window,), (far_dkv,), (far_dq,) = (k.launches for k in kernels.values())
+    assert forward[0] == window[0] == far_dq[0] == (3,)
+    assert (forward[1]["row_tiles"], forward[1]["items"], forward[1]["ratio"]) == (5, 20, 2)
     assert forward[1]["PATTERN"] == (64, 200, 64, 4, True)
-    assert (backward[1]["key_tiles"], backward[1]["items"]) == (2, 4)
-    starts = backward[1]["lowest_ptr"].tolist()
-    assert starts == [0] * 130 + [130] * 20
-    assert backward[1]["turn_ptr"].shape == (4, 4) and not backward[1]["turn_ptr"].any()
+    assert (window[1]["key_tiles"], window[1]["items"]) == (5, 10)
+    starts = window[1]["lowest_ptr"].tolist()
+    assert starts == [max(0, i - 199) for i in range(530)] + [530] * 20
+    assert window[1]["turn_ptr"].shape == (4, 10) and not window[1]["turn_ptr"].any()
+    # Special keys of the first document: at most 64 + (530 // 256 + 1) * 64, two tiles of 128.
+    assert far_dkv[0] == (2, 2, 2) and far_dkv[1]["slot_tiles"].tolist() == [0, 2, 2]
+    assert far_dkv[1]["partial_ptr"].shape == (2, 2, 256, 2, 64)
+    ((_, _, far, tiles, tile_k, _),) = added
+    assert far["slot_tiles"].tolist() == [0, 4, 4] and (tiles, tile_k) == (4, 64)
+    assert (far_dq[1]["row_tiles"], far_dq[1]["items"]) == (5, 20)
 
 
 def test_compiles_for_hopper():
@@ -157,4 +168,4 @@ def test_compiles_for_hopper():
     command = [sys.executable, "-m", "tests.kernels.hopper_ptx"]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.split() == ["hopper_fwd_kernel", "hopper_bwd_window_kernel"]
+    assert found.stdout.split() == [f"hopper_{name}_kernel" for name in KERNELS]

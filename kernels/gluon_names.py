@@ -1,4 +1,4 @@
-"""Asynchronous copies of Gluon under one name each: Triton 3.6 and 3.9 call them differently."""
+"""What Triton 3.6 and 3.9 call differently in Gluon, under one name each."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ else:
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
         _semantic.builder.create_async_tma_reduce(kind, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpret(memory, dtype, shape, layout, _semantic=None):
+    """The same shared memory as of another type, shape and layout."""
+    change = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
+    return change(dtype, shape, layout, _semantic=_semantic)
