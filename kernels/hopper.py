@@ -172,10 +172,12 @@ def _window_gradients(tensors: dict, call: Call) -> tuple[torch.Tensor, torch.Te
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     key_tiles = triton.cdiv(tokens, TILE)
     items = key_tiles * kv_heads
+    turns = torch.zeros(1 + heads * 2 * key_tiles, dtype=torch.int32, device=q.device)
     hopper_bwd_window_kernel[(min(items, _multiprocessors(q.device)),)](
         dq_desc=_boxes(near),
         lowest_ptr=_window_starts(call, q.device),
-        turn_ptr=torch.zeros(heads, 2 * key_tiles, dtype=torch.int32, device=q.device),
+        turn_ptr=turns[1:],
+        ticket_ptr=turns,
         dk_ptr=dk,
         dv_ptr=dv,
         dk_stride_t=kv_heads * head_dim,

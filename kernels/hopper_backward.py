@@ -1,17 +1,20 @@
 """The window's part of the backward on Hopper, in Gluon: dK, dV and dQ of each pair of tiles.
 
-A program takes tiles of 128 keys, one after another, and for each walks the queries of its window,
+A program draws tiles of 128 keys, one after another, and for each walks the queries of its window,
 64 at a time; each consumer warpgroup has 64 of the keys. dK and dV stay in registers. dQ is added
 to float32 in memory by TMA, by a warp of its own. Programs walk side by side, so that what they
 share stays in the L2 cache. The tiles of keys that meet a tile of queries take turns there, the
-last of them first, which is the order in which they come anyway: the same bits every time, and the
-first one stores where the others add, so that nothing need be zeroed.
+last of them first, which is the order in which they are drawn, and so come: the same bits every
+time, and the first one stores where the others add, so that nothing need be zeroed. Which program
+has which tile depends on who is free, as documents make tiles of very different lengths; a fixed
+deal left programs to wait for the longest at every round of turns.
 
 Special keys (sink tokens, strided blocks) before a query's window are left to hopper_far.
 
 Shapes: T packed tokens, N query heads, G KV heads, R = N / G, H head dim. `call` is the documents'
-bounds on the device, their number, the steps of a bisection among them, and T; `work` the tiles of
-keys of a head, all of them (items), and R.
+bounds on the device, their number, the steps of a bisection among them, and T; `work` the
+counter that items (tiles of keys, of a KV head) are drawn from, the tiles of a head, all of them
+(items), and R.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_names import async_add, async_load, async_load_elements, async_store, store_wait
-from .hopper_walk import document_of, program_item, program_turns
+from .hopper_walk import document_of
 
 KEYS = gl.constexpr(128)
 QUERIES = gl.constexpr(64)
+# Tiles of queries that begin within their tile of keys.
+DIAGONAL = gl.constexpr(2)
 PANEL = gl.constexpr(64)
 
 
@@ -48,9 +53,39 @@ def _wait_for_writes(value, PENDING: gl.constexpr):
 
 
 @gluon.jit
-def _item(n, key_tiles):
-    """(tile of keys, KV head) that this program takes n-th: the last tile of a head first."""
-    item = program_item(n)
+def _hidden_zero(it):
+    """0, which the compiler cannot know: addresses computed with it are not kept in registers."""
+    asm: gl.constexpr = "mov.b32 $0, 0;"
+    return gl.inline_asm_elementwise(asm, "=r,r", [it], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _draw_item(n, work, barriers, item_buf):
+    """Draws the program's n-th item, and tells the program's other warps; the producer's."""
+    item_ready, item_empty = barriers
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    item = gl.atomic_add(work[0], 1, sem="relaxed")
+    mbarrier.wait(item_empty, (n & 1) ^ 1)
+    item_buf.store(gl.full([1], 0, gl.int32, layout=LINE) + item)
+    fence_async_shared()
+    mbarrier.arrive(item_ready, count=1)
+    return item
+
+
+@gluon.jit
+def _drawn_item(n, barriers, item_buf, WARPS: gl.constexpr):
+    """The item that the producer drew n-th."""
+    item_ready, item_empty = barriers
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(item_ready, n & 1)
+    item = gl.max(item_buf.load(LINE), 0)
+    mbarrier.arrive(item_empty, count=1)
+    return item
+
+
+@gluon.jit
+def _place(item, key_tiles):
+    """(tile of keys, KV head) of an item: the last tile of a head first."""
     return key_tiles - 1 - item % key_tiles, item // key_tiles
 
 
@@ -71,24 +106,38 @@ def _query_tiles(first_key, call, WINDOW: gl.constexpr):
 
 
 @gluon.jit
+def _part(part, tiles, ratio):
+    """The query tiles [first, stop) of the part of that number of an item's walk.
+
+    All query heads' diagonal tiles come first, then the others head by head: where a document ends
+    in a tile of keys, the document's other tiles of keys wait on the diagonal for their turn.
+    """
+    diagonal = gl.minimum(tiles, DIAGONAL)
+    first = gl.where(part < ratio, 0, diagonal)
+    return first, gl.where(part < ratio, diagonal, tiles)
+
+
+@gluon.jit
 def _produce(
     descs, row_ptrs, bufs, barriers, work, call, WINDOW: gl.constexpr, PANELS: gl.constexpr
 ):
     q_desc, d_out_desc, k_desc, v_desc = descs
     lse_ptr, delta_ptr, lowest_ptr = row_ptrs
-    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs
+    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs[1:]
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
-        barriers
+        barriers[1:]
     )
-    key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio = work
     tokens = call[3]
     STAGES: gl.constexpr = lse_bufs.type.shape[0]
     D: gl.constexpr = PANELS * PANEL
     LINE: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     lanes = gl.arange(0, QUERIES, layout=LINE)
     it = 0
-    for n in range(program_turns(items)):
-        tile, kv_head = _item(n, key_tiles)
+    n = 0
+    item = _draw_item(n, work, barriers[0], bufs[0])
+    while item < items:
+        tile, kv_head = _place(item, key_tiles)
         first_key = tile * KEYS
         tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
         mbarrier.wait(kv_empty, (n & 1) ^ 1)
@@ -100,9 +149,10 @@ def _produce(
                 v_buf = v_bufs.index(c).slice(h * 64, 64, dim=0)
                 async_load(k_desc, at, kv_ready, k_buf)
                 async_load(v_desc, at, kv_ready, v_buf)
-        for each in range(ratio):
-            head = kv_head * ratio + each
-            for m in range(tiles):
+        for part in range(2 * ratio):
+            head = kv_head * ratio + part % ratio
+            first, stop = _part(part, tiles, ratio)
+            for m in range(first, stop):
                 stage = it % STAGES
                 first_row = first_key + m * QUERIES
                 bar = q_ready.index(stage)
@@ -123,16 +173,21 @@ def _produce(
                 )
                 async_copy.mbarrier_arrive(row_ready.index(stage), increment_count=False)
                 it += 1
+        n += 1
+        item = _draw_item(n, work, barriers[0], bufs[0])
 
 
 @gluon.jit
-def _scores(a_bufs, b_bufs, stage, zero, WG: gl.constexpr, PANELS: gl.constexpr):
-    """Starts this warpgroup's keys (or values) times queries (or their gradients), [64, 64]."""
-    a_buf = a_bufs.index(0).slice(WG * 64, 64, dim=0)
+def _scores(a_bufs, b_bufs, stage, spare, first, WG: gl.constexpr, PANELS: gl.constexpr):
+    """Starts this warpgroup's keys (or values) times queries (or their gradients), [64, 64].
+
+    They come to lie in the registers of `spare`; `first` is 0.
+    """
+    a_buf = a_bufs.index(first).slice(WG * 64, 64, dim=0)
     b_buf = b_bufs.index(stage * PANELS).permute((1, 0))
-    token = warpgroup_mma(a_buf, b_buf, zero, use_acc=False, is_async=True)
+    token = warpgroup_mma(a_buf, b_buf, spare, use_acc=False, is_async=True)
     if PANELS == 2:
-        a_buf = a_bufs.index(1).slice(WG * 64, 64, dim=0)
+        a_buf = a_bufs.index(first + 1).slice(WG * 64, 64, dim=0)
         b_buf = b_bufs.index(stage * PANELS + 1).permute((1, 0))
         token = warpgroup_mma(a_buf, b_buf, token, is_async=True)
     return token
@@ -145,14 +200,15 @@ def _next_scores(
     k_bufs,
     q_bufs,
     q_ready,
-    s,
+    spare,
     WG: gl.constexpr,
     PANELS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Starts the scores of the next tile of queries, or, past the last, some that nobody reads."""
     mbarrier.wait(q_ready.index(it % STAGES), it // STAGES & 1, pred=it < last)
-    return _scores(k_bufs, q_bufs, it % STAGES, s, WG, PANELS)
+    stage = it % STAGES
+    return _scores(k_bufs, q_bufs, stage, spare, _hidden_zero(it), WG, PANELS)
 
 
 @gluon.jit
@@ -169,11 +225,11 @@ def _consume(
     WINDOW: gl.constexpr,
     PANELS: gl.constexpr,
 ):
-    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs
+    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs[1:]
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
-        barriers
+        barriers[1:]
     )
-    key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio = work
     cu_seqlens, documents, search_steps, tokens = call
     STAGES: gl.constexpr = lse_bufs.type.shape[0]
     D: gl.constexpr = PANELS * PANEL
@@ -185,8 +241,10 @@ def _consume(
     zero = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
     scale_log2 = scale * 1.4426950408889634
     it = 0
-    for n in range(program_turns(items)):
-        tile, kv_head = _item(n, key_tiles)
+    n = 0
+    item = _drawn_item(n, barriers[0], bufs[0], 4)
+    while item < items:
+        tile, kv_head = _place(item, key_tiles)
         first_key = tile * KEYS
         tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
         dk0 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
@@ -195,11 +253,13 @@ def _consume(
         dv1 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
         mbarrier.wait(kv_ready, n & 1)
         m = 0
+        diagonal = gl.minimum(tiles, DIAGONAL)
+        last_of_diagonal = it + diagonal * ratio
         last = it + tiles * ratio
         mbarrier.wait(q_ready.index(it % STAGES), it // STAGES & 1)
         # Waited for at once: one that is underway while the sums above are set to zero would make
         # the assembler wait after every product.
-        s_token = _scores(k_bufs, q_bufs, it % STAGES, zero, WG, PANELS)
+        s_token = _scores(k_bufs, q_bufs, it % STAGES, zero, 0, WG, PANELS)
         s_token = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[s_token]))
         for _ in range(tiles * ratio):
             first_row = first_key + m * QUERIES
@@ -207,10 +267,10 @@ def _consume(
             parity = it // STAGES & 1
             pair = it & 1
             s = warpgroup_mma_wait(0, deps=[s_token])
-            dp_token = _scores(v_bufs, do_bufs, stage, zero, WG, PANELS)
+            first = _hidden_zero(it)
+            dp_token = _scores(v_bufs, do_bufs, stage, zero, first, WG, PANELS)
             mbarrier.wait(row_ready.index(stage), parity)
             lse = lse_bufs.index(stage).load(COLUMN) * 1.4426950408889634
-            delta = delta_bufs.index(stage).load(COLUMN)
             p = gl.exp2(s * scale_log2 - lse[None, :])
             if (m < whole) | (m >= stop_whole):
                 rows = first_row + gl.arange(0, QUERIES, layout=COLUMN)
@@ -224,6 +284,7 @@ def _consume(
             if PANELS == 2:
                 dv1 = warpgroup_mma(p_a, do_bufs.index(stage * PANELS + 1), dv1, is_async=True)
             dp = warpgroup_mma_wait(PANELS, deps=[dp_token])
+            delta = delta_bufs.index(stage).load(COLUMN)
             ds = (p * (dp - delta[None, :])).to(q_bufs.dtype)
             ds_a = gl.convert_layout(ds, A_LAYOUT)
             mbarrier.wait(ds_empty.index(pair), (it // 2 & 1) ^ 1)
@@ -238,7 +299,7 @@ def _consume(
             if WG < PANELS:
                 ds_buf = ds_bufs.index(pair).permute((1, 0))
                 dq_token = warpgroup_mma(
-                    ds_buf, k_bufs.index(WG), zero, use_acc=False, is_async=True
+                    ds_buf, k_bufs.index(first + WG), zero, use_acc=False, is_async=True
                 )
                 if PANELS == 2:
                     dk0, dk1, dv0, dv1, p_a, ds_a = warpgroup_mma_wait(
@@ -247,7 +308,7 @@ def _consume(
                 else:
                     dk0, dv0, p_a, ds_a = warpgroup_mma_wait(1, deps=[dk0, dv0, p_a, ds_a])
                 mbarrier.arrive(q_empty.index(stage), count=1)
-                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, s, WG, PANELS, STAGES)
+                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS, STAGES)
                 dq = warpgroup_mma_wait(PANELS, deps=[dq_token])
                 mbarrier.arrive(ds_empty.index(pair), count=1)
                 mbarrier.wait(dq_empty.index(WG), (it & 1) ^ 1)
@@ -258,10 +319,11 @@ def _consume(
                 dk0, dv0, p_a, ds_a = warpgroup_mma_wait(0, deps=[dk0, dv0, p_a, ds_a])
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 mbarrier.arrive(ds_empty.index(pair), count=1)
-                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, s, WG, PANELS, STAGES)
+                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS, STAGES)
+            stop = gl.where(it < last_of_diagonal, diagonal, tiles)
             it += 1
             m += 1
-            m = gl.where(m == tiles, 0, m)
+            m = gl.where(m == stop, gl.where(it < last_of_diagonal, 0, diagonal), m)
         warpgroup_mma_wait(0, deps=[s_token])
         mbarrier.arrive(kv_empty, count=1)
         rows = first_key + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
@@ -273,6 +335,8 @@ def _consume(
         if PANELS == 2:
             gl.store(dk_ptr + at + PANEL, (dk1 * scale).to(q_bufs.dtype), mask=there)
             gl.store(dv_ptr + at + PANEL, dv1.to(q_bufs.dtype), mask=there)
+        n += 1
+        item = _drawn_item(n, barriers[0], bufs[0], 4)
 
 
 @gluon.jit
@@ -280,28 +344,32 @@ def _write(
     dq_desc, turn_ptr, bufs, barriers, work, call, WINDOW: gl.constexpr, PANELS: gl.constexpr
 ):
     """Adds what the consumers have for a tile of queries when its turn has come."""
-    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs
+    q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs = bufs[1:]
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
-        barriers
+        barriers[1:]
     )
-    key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio = work
     D: gl.constexpr = PANELS * PANEL
     it = 0
     last_at = turn_ptr
-    for n in range(program_turns(items)):
-        tile, kv_head = _item(n, key_tiles)
+    n = 0
+    item = _drawn_item(n, barriers[0], bufs[0], 1)
+    while item < items:
+        tile, kv_head = _place(item, key_tiles)
         first_key = tile * KEYS
         tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
-        for each in range(ratio):
-            head = kv_head * ratio + each
-            for m in range(tiles):
+        steps = 0
+        for part in range(2 * ratio):
+            head = kv_head * ratio + part % ratio
+            first, stop = _part(part, tiles, ratio)
+            for m in range(first, stop):
                 first_row = first_key + m * QUERIES
                 turn_at = turn_ptr + (head * key_tiles * 2 + first_row // QUERIES)
                 turn = gl.load(turn_at, volatile=True)
                 for c in gl.static_range(PANELS):
                     mbarrier.wait(dq_ready.index(c), it & 1)
-                # As many tiles of keys come before. They belong to items dealt earlier, and every
-                # program runs at once: the wait ends.
+                # As many tiles of keys come before. They belong to items drawn earlier, by programs
+                # that run: the wait ends.
                 before = m // 2
                 while turn < before:
                     turn = gl.load(turn_at, volatile=True)
@@ -316,13 +384,16 @@ def _write(
                     mbarrier.arrive(dq_empty.index(c), count=1)
                 # The turn before is over when its writes are done; these are left to run.
                 one = _wait_for_writes(m * 0 + 1, PANELS)
-                if it > 0:
+                if steps > 0:
                     gl.atomic_add(last_at, one, sem="release")
                 last_at = turn_at
+                steps += 1
                 it += 1
-    one = _wait_for_writes(it * 0 + 1, 0)
-    if it > 0:
+        # Others may end on the same tile: the last turn does not wait for the next item.
+        one = _wait_for_writes(n * 0 + 1, 0)
         gl.atomic_add(last_at, one, sem="release")
+        n += 1
+        item = _drawn_item(n, barriers[0], bufs[0], 1)
 
 
 @gluon.jit(do_not_specialize=["documents", "search_steps", "tokens", "key_tiles", "items"])
@@ -336,6 +407,7 @@ def hopper_bwd_window_kernel(
     delta_ptr,
     lowest_ptr,
     turn_ptr,
+    ticket_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens,
@@ -353,8 +425,8 @@ def hopper_bwd_window_kernel(
 ):
     """dK, dV [T, G, H] and, without the scale, dQ [T, N, H] float32, of the window alone.
 
-    No more programs than multiprocessors, or the turns would not end. lowest [T] int32 is the
-    first key of each query's window, turn [N, 2 * key_tiles] int32 zeros.
+    lowest [T] int32 is the first key of each query's window; turn [N, 2 * key_tiles] and ticket [1]
+    are int32 zeros.
     """
     PANELS: gl.constexpr = HEAD_DIM // PANEL
     dtype: gl.constexpr = q_desc.dtype
@@ -369,6 +441,9 @@ def hopper_bwd_window_kernel(
     lse_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], FLAT)
     delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES], FLAT)
     lowest_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, QUERIES], FLAT)
+    item_buf = gl.allocate_shared_memory(gl.int32, [1], FLAT)
+    item_ready = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    item_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     row_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -390,9 +465,24 @@ def hopper_bwd_window_kernel(
         mbarrier.init(dq_empty.index(i), count=1)
     mbarrier.init(kv_ready, count=1)
     mbarrier.init(kv_empty, count=2)
+    # Read by two consumers and the writer.
+    mbarrier.init(item_ready, count=1)
+    mbarrier.init(item_empty, count=3)
     fence_async_shared()
-    bufs = (q_bufs, do_bufs, k_bufs, v_bufs, lse_bufs, delta_bufs, lowest_bufs, ds_bufs, dq_bufs)
+    bufs = (
+        item_buf,
+        q_bufs,
+        do_bufs,
+        k_bufs,
+        v_bufs,
+        lse_bufs,
+        delta_bufs,
+        lowest_bufs,
+        ds_bufs,
+        dq_bufs,
+    )
     barriers = (
+        (item_ready, item_empty),
         q_ready,
         q_empty,
         row_ready,
@@ -404,7 +494,7 @@ def hopper_bwd_window_kernel(
         dq_empty,
     )
     call = (cu_seqlens, documents, search_steps, tokens)
-    work = (key_tiles, items, ratio)
+    work = (ticket_ptr, key_tiles, items, ratio)
     descs = (q_desc, d_out_desc, k_desc, v_desc)
     rows = (lse_ptr, delta_ptr, lowest_ptr)
     gl.warp_specialize(

@@ -115,7 +115,7 @@ def _produce(descs, bufs, barriers, work, call, PATTERN: gl.constexpr):
     row_tiles, items = work
     q_desc, k_desc, v_desc = descs
     q_bufs, k_bufs, v_bufs = bufs
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
     PANELS: gl.constexpr = q_bufs.type.shape[0] // (2 * CONSUMERS)
     STAGES: gl.constexpr = k_bufs.type.shape[0] // PANELS
     D: gl.constexpr = PANELS * PANEL
@@ -205,7 +205,7 @@ def _consume(
 ):
     row_tiles, items = work
     q_bufs, k_bufs, v_bufs = bufs
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
     cu_seqlens, documents, search_steps, tokens, ratio, first_kv_head, total_kv_heads = call
     PANELS: gl.constexpr = q_bufs.type.shape[0] // (2 * CONSUMERS)
     STAGES: gl.constexpr = k_bufs.type.shape[0] // PANELS
@@ -219,6 +219,9 @@ def _consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    # One warpgroup's products run beside the other's exponentials.
+    TURNS: gl.constexpr = PANELS == 2
+    turn = 0
     zero = gl.zeros([ROWS, 2 * HALF], gl.float32, layout=S_LAYOUT)
     it = 0
     for n in range(program_turns(items)):
@@ -253,11 +256,16 @@ def _consume(
             it += 1
             stage = it % STAGES
             mbarrier.wait(k_ready.index(stage), it // STAGES & 1)
+            if TURNS:
+                mbarrier.wait(turns.index(WG), (turn & 1) ^ (1 - WG))
+                turn += 1
             s_token = _scores(at, stage, q_bufs, k_bufs, zero, PANELS)
             mbarrier.wait(v_ready.index(before), parity)
             o0_token = warpgroup_mma(p, v_bufs.index(before * PANELS), out0, is_async=True)
             if PANELS == 2:
                 o1_token = warpgroup_mma(p, v_bufs.index(before * PANELS + 1), out1, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - WG), count=1)
             scores = warpgroup_mma_wait(PANELS, deps=[s_token])
             mbarrier.arrive(k_empty.index(stage), count=1)
             if (i < free_from) | (i >= free_to):
@@ -334,9 +342,12 @@ def hopper_fwd_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
@@ -345,7 +356,7 @@ def hopper_fwd_kernel(
     fence_async_shared()
     descs = (q_desc, k_desc, v_desc)
     bufs = (q_bufs, k_bufs, v_bufs)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns)
     call = (cu_seqlens, documents, search_steps, tokens, ratio, first_kv_head, total_kv_heads)
     work = (row_tiles, items)
     gl.warp_specialize(

@@ -28,7 +28,9 @@ def ptx(kernel, constants) -> str:
     kinds = dict.fromkeys(("lse_ptr", "delta_ptr", "partial_ptr"), "*fp32")
     # The window's part of dQ, by the names of the kernels that write and read it.
     kinds["near_desc" if "near_desc" in kernel.arg_names else "dq_desc"] = boxes(gl.float32)
-    kinds |= dict.fromkeys(("cu_seqlens", "slot_tiles", "lowest_ptr", "turn_ptr"), "*i32")
+    kinds |= dict.fromkeys(
+        ("cu_seqlens", "slot_tiles", "lowest_ptr", "turn_ptr", "ticket_ptr"), "*i32"
+    )
     kinds |= dict.fromkeys(("dk_ptr", "dv_ptr"), "*bf16")
     kinds |= dict.fromkeys(("scale", "scale_log2"), "fp32")
     kinds |= dict.fromkeys(constants, "constexpr")

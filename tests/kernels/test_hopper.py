@@ -153,7 +153,8 @@ def test_launches_with_the_kernels_parameters(monkeypatch):
     assert (window[1]["key_tiles"], window[1]["items"]) == (5, 10)
     starts = window[1]["lowest_ptr"].tolist()
     assert starts == [max(0, i - 199) for i in range(530)] + [530] * 20
-    assert window[1]["turn_ptr"].shape == (4, 10) and not window[1]["turn_ptr"].any()
+    assert window[1]["turn_ptr"].shape == (40,) and not window[1]["turn_ptr"].any()
+    assert window[1]["ticket_ptr"].tolist() == [0] * 41
     # Special keys of the first document: at most 64 + (530 // 256 + 1) * 64, two tiles of 128.
     assert far_dkv[0] == (2, 2, 2) and far_dkv[1]["slot_tiles"].tolist() == [0, 2, 2]
     assert far_dkv[1]["partial_ptr"].shape == (2, 2, 256, 2, 64)
