@@ -8,156 +8,18 @@ Shapes: T packed tokens, N query heads, G KV heads, H head dim, L tokens of one 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from inspect import signature
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
-from .call import check_qkv, on_device, whole_bounds
+from . import dense_backends as run_by
+from .call import check_qkv, whole_bounds
 
 log = logging.getLogger("longgen.kernels")
 
 HALF = (torch.bfloat16, torch.float16)
-# Rows of scores that are held at once where LSE has to be computed by itself.
-LSE_TILE = 128
-
-Result = tuple[torch.Tensor, torch.Tensor | None]
-# (q_TNH, k_TGH, v_TGH, bounds, softmax scale, whether LSE is wanted) -> (out_TNH, lse_NT or None)
-Run = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...], float, bool],
-    Result,
-]
-
-
-def _longest(bounds: tuple[int, ...]) -> int:
-    return max(stop - start for start, stop in pairwise(bounds))
-
-
-def _flash_attn_4(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
-    """Compiles by CuTe DSL for some seconds at the first call of a head dim, not of a length."""
-    interface = import_module("flash_attn.cute.interface")
-    options = {
-        "softmax_scale": scale,
-        "causal": True,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "return_lse": with_lse,
-    }
-    if len(bounds) == 2:
-        out, lse = interface.flash_attn_func(q_TNH[None], k_TGH[None], v_TGH[None], **options)
-        return out[0], lse[0] if with_lse else None
-    cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
-    out, lse = interface.flash_attn_varlen_func(
-        q_TNH,
-        k_TGH,
-        v_TGH,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        **options,
-    )
-    return out, lse if with_lse else None
-
-
-def _flash_attn_older(module: str) -> Run:
-    """FlashAttention 3 or 2, whose functions differ in what they return."""
-
-    def run(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
-        attend = import_module(module).flash_attn_varlen_func
-        cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
-        options = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-        # Early FlashAttention 3 has no such argument and always returns LSE.
-        if with_lse and "return_attn_probs" in signature(attend).parameters:
-            options["return_attn_probs"] = True
-        found = attend(
-            q_TNH,
-            k_TGH,
-            v_TGH,
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            softmax_scale=scale,
-            causal=True,
-            **options,
-        )
-        out, lse = found[:2] if isinstance(found, tuple) else (found, None)
-        return out, lse if with_lse else None
-
-    return run
-
-
-def _torch_flash(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
-    # torch.nn.attention.varlen wraps this operator, with arguments that change between versions.
-    cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q_TNH, k_TGH, v_TGH),
-        *(cu_seqlens, cu_seqlens, longest, longest),
-        dropout_p=0.0,
-        is_causal=True,
-        return_debug_mask=False,
-        scale=scale,
-    )
-    return out, lse if with_lse else None
-
-
-def _cudnn_document(q_NLH, k_GLH, v_GLH, scale, with_lse) -> Result:
-    if q_NLH.shape[1] == 1:
-        # cuDNN refuses a backward of a single query and key.
-        return _sdpa_document(q_NLH, k_GLH, v_GLH, scale, with_lse)
-    # The operator under sdpa_kernel(CUDNN_ATTENTION): the public function keeps LSE to itself.
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q_NLH[None], k_GLH[None], v_GLH[None], None, True, 0.0, True, scale=scale
-    )
-    return out[0], lse[0].reshape(q_NLH.shape[:2]) if with_lse else None
-
-
-def _sdpa_document(q_NLH, k_GLH, v_GLH, scale, with_lse) -> Result:
-    ratio = q_NLH.shape[0] // k_GLH.shape[0]
-    on_gpu = q_NLH.is_cuda
-    if ratio > 1 and not on_gpu:
-        # On the CPU enable_gqa takes the path that materialises the L x L scores.
-        k_GLH, v_GLH = (x.repeat_interleave(ratio, dim=0) for x in (k_GLH, v_GLH))
-    q, k, v = (x[None] for x in (q_NLH, k_GLH, v_GLH))
-    gqa = ratio > 1 and on_gpu
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    return out[0], _lse_by_tiles(q_NLH, k_GLH, scale) if with_lse else None
-
-
-@torch.no_grad()
-def _lse_by_tiles(q_NLH: torch.Tensor, k_GLH: torch.Tensor, scale: float) -> torch.Tensor:
-    """The LSE [N, L] that torch's SDPA keeps to itself, some rows of scores at a time."""
-    heads, length, _ = q_NLH.shape
-    wide = torch.promote_types(q_NLH.dtype, torch.float32)
-    keys = k_GLH.to(wide).repeat_interleave(heads // k_GLH.shape[0], dim=0).transpose(1, 2)
-    lse = torch.empty(heads, length, dtype=torch.float32, device=q_NLH.device)
-    for start in range(0, length, LSE_TILE):
-        stop = min(start + LSE_TILE, length)
-        scores = q_NLH[:, start:stop].to(wide) @ keys[..., :stop] * scale
-        later = torch.ones(scores.shape[1:], dtype=torch.bool, device=lse.device).triu(start + 1)
-        lse[:, start:stop] = scores.masked_fill_(later, float("-inf")).logsumexp(-1)
-    return lse
-
-
-def _by_document(attend: Callable) -> Run:
-    """Of a function of one document's (q_NLH, k_GLH, v_GLH), one of a packed row."""
-
-    def run(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
-        outs, lses = [], []
-        for start, stop in pairwise(bounds):
-            document = (x[start:stop].transpose(0, 1) for x in (q_TNH, k_TGH, v_TGH))
-            out_NLH, lse_NL = attend(*document, scale, with_lse)
-            outs.append(out_NLH.transpose(0, 1))
-            lses.append(lse_NL)
-        out = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return out, torch.cat(lses, dim=1) if with_lse else None
-
-    return run
 
 
 class LseGradient(torch.autograd.Function):
@@ -193,6 +55,7 @@ class DenseBackend:
     Args:
         name: what `backend=` takes.
         run: the attention itself.
+        backward: its gradients from out and LSE.
         module: what must be importable; None where torch alone is enough.
         majors: CUDA compute capabilities by their major number; None for any device.
         dtypes: of q, k and v.
@@ -204,7 +67,8 @@ class DenseBackend:
     """
 
     name: str
-    run: Run
+    run: run_by.Run
+    backward: run_by.Backward
     module: str | None = None
     majors: tuple[int, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = HALF
@@ -234,10 +98,14 @@ class DenseBackend:
         return None if self.module is None else _import_error(self.module)
 
 
+FLASH_ATTN_3 = run_by.flash_attn_older("flash_attn_interface")
+FLASH_ATTN_2 = run_by.flash_attn_older("flash_attn.flash_attn_interface")
+SDPA = run_by.by_document(run_by.sdpa_document)
 BACKENDS = (
     DenseBackend(
         "flash_attn_4",
-        _flash_attn_4,
+        run_by.flash_attn_4,
+        run_by.flash_attn_4_backward,
         module="flash_attn.cute.interface",
         majors=(9, 10, 11),
         most_dims=128,
@@ -245,13 +113,15 @@ BACKENDS = (
     ),
     DenseBackend(
         "flash_attn_3",
-        _flash_attn_older("flash_attn_interface"),
+        FLASH_ATTN_3,
+        run_by.repeated(FLASH_ATTN_3),
         module="flash_attn_interface",
         majors=(9,),
     ),
     DenseBackend(
         "cudnn",
-        _by_document(_cudnn_document),
+        run_by.by_document(run_by.cudnn_document),
+        run_by.backward_by_document(run_by.cudnn_document_backward),
         majors=(9, 10),
         most_dims=128,
         takes_cu_seqlens=False,
@@ -260,15 +130,22 @@ BACKENDS = (
     # Not `flash_attn`: flash-attn-4 alone makes a package of that name too.
     DenseBackend(
         "flash_attn_2",
-        _flash_attn_older("flash_attn.flash_attn_interface"),
+        FLASH_ATTN_2,
+        run_by.repeated(FLASH_ATTN_2),
         module="flash_attn.flash_attn_interface",
         majors=(8, 9, 10, 11, 12),
     ),
     # FlashAttention 2 as torch carries it.
-    DenseBackend("torch_flash", _torch_flash, majors=(8, 9, 10, 11, 12)),
+    DenseBackend(
+        "torch_flash",
+        run_by.torch_flash,
+        run_by.torch_flash_backward,
+        majors=(8, 9, 10, 11, 12),
+    ),
     DenseBackend(
         "torch_sdpa",
-        _by_document(_sdpa_document),
+        SDPA,
+        run_by.repeated(SDPA),
         dtypes=(*HALF, torch.float32, torch.float64),
         most_dims=2**16,
         dims_step=1,
@@ -344,6 +221,14 @@ def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:
     return BY_NAME[name]
 
 
+def _chosen(q_TNH: torch.Tensor, bounds: tuple[int, ...], name: str | None) -> DenseBackend:
+    if name is not None:
+        return _named(name, q_TNH)
+    chosen, _ = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
+    _say_once(chosen.name, q_TNH.device.type)
+    return chosen
+
+
 # torch.compile breaks its graph here: traced, the choice and the documents' lengths would become
 # part of the graph, compiled anew for each row.
 @torch.compiler.disable
@@ -380,11 +265,7 @@ def dense_attention(
         dtypes = ", ".join(_name(x.dtype) for x in (q_TNH, k_TGH, v_TGH))
         raise ValueError(f"q, k, v of {dtypes}: must be of one dtype; cast them to one")
     bounds = whole_bounds(list(cu_seqlens), q_TNH.shape[0])
-    if backend is not None:
-        chosen = _named(backend, q_TNH)
-    else:
-        chosen, _ = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
-        _say_once(chosen.name, q_TNH.device.type)
+    chosen = _chosen(q_TNH, bounds, backend)
     if len(bounds) == 1:
         lse = q_TNH.new_empty(q_TNH.shape[1], 0, dtype=torch.float32)
         return (torch.empty_like(q_TNH), lse) if return_lse else torch.empty_like(q_TNH)
@@ -401,3 +282,29 @@ def dense_attention(
 
         lse = LseGradient.apply(q, k, lse.detach(), attend, scale)
     return out, lse
+
+
+@torch.no_grad()
+def dense_attention_gradients(
+    d_out_TNH: torch.Tensor,
+    q_TNH: torch.Tensor,
+    k_TGH: torch.Tensor,
+    v_TGH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    lse_NT: torch.Tensor,
+    cu_seqlens: list[int],
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) of dense_attention from its kept out and LSE, without running it again.
+
+    FlashAttention 3 and 2 and torch's SDPA give gradients through their own forward only, and run
+    it. The arguments are dense_attention's; d_out_TNH is the gradient of out.
+    """
+    bounds = whole_bounds(list(cu_seqlens), q_TNH.shape[0])
+    chosen = _chosen(q_TNH, bounds, backend)
+    scale = q_TNH.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    inputs = (d_out_TNH, q_TNH, k_TGH, v_TGH, out_TNH)
+    inputs = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+    return chosen.backward(*inputs, lse_NT, bounds, scale)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import torch
 
 from .call import Call, check_heads, check_tensors, host_bounds
-from .dense import dense_attention
+from .dense import dense_attention, dense_attention_gradients
 from .pattern import Pattern
 
 log = logging.getLogger("longgen.kernels")
@@ -245,3 +245,37 @@ def sparse_attention(
         backend,
     )
     return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def attention_gradients(
+    d_out_TNH: torch.Tensor,
+    q_TNH: torch.Tensor,
+    k_TGH: torch.Tensor,
+    v_TGH: torch.Tensor,
+    out_TNH: torch.Tensor,
+    lse_NT: torch.Tensor,
+    pattern: Pattern,
+    cu_seqlens: torch.Tensor,
+    *,
+    first_kv_head: int = 0,
+    total_kv_heads: int | None = None,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq [T, N, H], dk [T, G, H], dv [T, G, H]) from sparse_attention's kept out and LSE.
+
+    For a layer that computes q, k and v again in its backward, but not the attention. The arguments
+    are sparse_attention's; d_out_TNH is the gradient of out.
+    """
+    scale = q_TNH.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    kept = (q_TNH, k_TGH, v_TGH, out_TNH, lse_NT)
+    if pattern.is_full:
+        bounds = list(host_bounds(cu_seqlens, q_TNH.shape[0]))
+        return dense_attention_gradients(
+            d_out_TNH, *kept, bounds, softmax_scale=scale, backend=backend
+        )
+    total = k_TGH.shape[1] if total_kv_heads is None else total_kv_heads
+    told = (pattern.sink_tokens, pattern.window, pattern.block, pattern.stride, pattern.phase)
+    place = (first_kv_head, total, scale, backend)
+    return SPARSE_ATTENTION_BWD(*kept, d_out_TNH, None, cu_seqlens, *told, *place)

@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from .config import ModelConfig
+from .hybrid_layer import LayerMemory
 from .layer_spec import DocumentRope, hybrid_layer_specs
 from .loss import LossOutputLayer
 from .rope import inverse_frequencies
@@ -25,7 +26,6 @@ def transformer_config(
     tensor: int = 1,
     ulysses: int = 1,
     sequence_parallel: bool = False,
-    recompute: bool = False,
     initialize: bool = True,
 ) -> TransformerConfig:
     """Megatron's configuration of a Llama; every fusion that needs apex or TE is off.
@@ -61,16 +61,19 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
     )
 
 
 class HybridGPT(GPTModel):
     """GPTModel over packed rows: forward(tokens, positions, cu_seqlens, labels) -> losses."""
 
-    def __init__(self, config: ModelConfig, megatron: TransformerConfig, row_length: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        megatron: TransformerConfig,
+        row_length: int,
+        memory: LayerMemory | None = None,
+    ) -> None:
         super().__init__(
             config=megatron,
             transformer_layer_spec=hybrid_layer_specs(config),
@@ -91,6 +94,9 @@ class HybridGPT(GPTModel):
         # GPTModel builds the output layer itself; this one differs in its forward alone.
         self.output_layer.__class__ = LossOutputLayer
         self.output_layer.valid_vocab = config.vocab_size
+        self.memory = memory or LayerMemory()
+        for layer in self.decoder.layers:
+            layer.memory = self.memory
 
     def forward(
         self,
@@ -101,11 +107,15 @@ class HybridGPT(GPTModel):
     ) -> torch.Tensor:
         """Losses [B, S] in nats with labels, else logits [B, S, vocab].
 
+        What an earlier forward kept for its backward is forgotten where layers recompute.
+
         Args:
             positions_BS: int64, each token's position within its document.
             cu_seqlens: int32 on the host, documents of all whole rows one after another, from 0.
             labels_BS: int64, model.loss.IGNORED where there is nothing to predict.
         """
+        if torch.is_grad_enabled():
+            self.memory.kept.clear()
         self.rotary_pos_emb.set_positions(positions_BS)
         packed = PackedSeqParams(
             qkv_format="sbhd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens

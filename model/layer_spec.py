@@ -12,31 +12,25 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from .config import ModelConfig
 from .core_attention import PatternAttention
+from .hybrid_layer import HybridLayer
 from .norm import RMSNorm
 
-# Where DocumentRope stacks the angles of each kind of layer.
+# Where DocumentRope stacks what is of each kind of layer.
 FULL, SPARSE = 0, 1
 
 
 class HybridSelfAttention(SelfAttention):
-    """Self-attention that takes the RoPE angles of its own kind of layer."""
+    """Self-attention that knows which RoPE is its own: of full or of sparse layers."""
 
     def __init__(self, *args, rope_kind: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.rope_kind = rope_kind
 
-    def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, **kwargs):
-        """As SelfAttention.forward, with rotary_pos_emb [2, S, B, 1, H]: full, sparse."""
-        angles = rotary_pos_emb[self.rope_kind]
-        return super().forward(
-            hidden_states, attention_mask, *args, rotary_pos_emb=angles, **kwargs
-        )
-
 
 class DocumentRope(torch.nn.Module):
-    """Takes the place of GPTModel's rotary embedding: angles by position within the document.
+    """Takes the place of GPTModel's rotary embedding: RoPE by position within the document.
 
-    GPTModel asks for the angles of rows 0 ... S - 1; the positions of the batch at hand are set
+    GPTModel asks for that of rows 0 ... S - 1; the positions of the batch at hand are set
     beforehand by `set_positions`, since GPTModel ignores its position_ids.
     """
 
@@ -55,11 +49,12 @@ class DocumentRope(torch.nn.Module):
         return self.positions_BS.shape[1]
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
-        """Angles [2, S, B, 1, H], float32."""
+        """cos and sin of each kind of layer's angles, float32 [2, 2, S, B, 1, H]."""
         positions_SB = self.positions_BS.t().float()
         self.frequencies = frequencies = self.frequencies.to(positions_SB.device)
         half = positions_SB[None, :, :, None, None] * frequencies[:, None, None, None, :]
-        return torch.cat((half, half), dim=-1)
+        angles = torch.cat((half, half), dim=-1)
+        return torch.stack((angles.cos(), angles.sin()), dim=1)
 
 
 def hybrid_layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
@@ -78,5 +73,6 @@ def hybrid_layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
         )
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.module = HybridLayer
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

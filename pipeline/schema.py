@@ -155,6 +155,10 @@ class ParallelSection:
 class TrainSection:
     """conf/train: optimisation. Sizes in rows of data.seq_length tokens.
 
+    recompute: what a layer keeps for its backward, which computes the rest again. none: all that
+    autograd saves; attention: its input and the attention's output; full: its input.
+    offload_activations: what is kept waits in pinned host memory. mlp_tile: tokens that the MLP's
+    backward works on at a time; null: all.
     weights_from: the finetune folder of another run, whose newest weights replace the converted
     ones. non_finite: stop, or skip the step. spike_sigmas: skip a step whose loss or gradient norm
     is more standard deviations above the mean of the last spike_window steps; null: none.
@@ -176,6 +180,8 @@ class TrainSection:
     seed: int = 1
     precision: str = "bf16"
     recompute: str = "none"
+    offload_activations: bool = False
+    mlp_tile: int | None = None
     document_mask: bool = True
     deterministic: bool = False
     log_every: int = 1
@@ -273,12 +279,35 @@ class PeerSetting:
 
 
 @dataclass
+class TrainCase:
+    """Rows of the table of training steps: each of `arms` on packed rows of `length` tokens.
+
+    arms: hybrid (the configuration's schedule), full (every layer). documents: one; packed (their
+    lengths drawn); or a number, the tokens of each. document_mask: off, a row is one document to
+    the attention. steps: how many are measured; null: benchmark.repeats. The other keys take the
+    place of train's and parallel's; null leaves those.
+    """
+
+    group: str = "???"
+    arms: list[str] = field(default_factory=lambda: ["hybrid", "full"])
+    length: int = 0
+    documents: Any = "one"
+    document_mask: bool = True
+    steps: int | None = None
+    recompute: str | None = None
+    offload_activations: bool | None = None
+    mlp_tile: int | None = None
+    optimizer_offload: bool | None = None
+
+
+@dataclass
 class BenchmarkSection:
     """conf/benchmark: a file of pipeline/benchmarks, how often it measures, and what.
 
     groups: of the cases, those that run. launch_ms: about how long one measurement lasts.
-    budget_minutes: past it no further peer is prepared. commit: where the code runs without its
-    history, what it is.
+    budget_minutes: past it no further peer is prepared, no further case begun. commit: where the
+    code runs without its history, what it is. document_mean, document_sigma: of the log-normal that
+    lengths of packed documents are drawn from, the mean in tokens and the deviation of the log.
     """
 
     name: str = "checkpoint"
@@ -291,6 +320,9 @@ class BenchmarkSection:
     commit: str | None = None
     cases: list[KernelCase] = field(default_factory=list)
     settings: list[PeerSetting] = field(default_factory=list)
+    document_mean: float = 1800
+    document_sigma: float = 1.2
+    train_cases: list[TrainCase] = field(default_factory=list)
 
 
 @dataclass
@@ -300,6 +332,19 @@ class GenerateSection:
     prompt: str = ""
     max_new_tokens: int = 64
     model: str = "final"
+
+
+@dataclass
+class PlanSection:
+    """stage=plan: a GPU of pipeline/planning/rates.py, and the documents that fill a row.
+
+    document_lengths: their lengths in tokens, one after another and over again until the row is
+    full; none: a row is one document. host_gib: memory of one host; null: the table's.
+    """
+
+    gpu: str = "H200"
+    document_lengths: list[int] = field(default_factory=list)
+    host_gib: float | None = None
 
 
 @dataclass
@@ -324,6 +369,7 @@ class Config:
     wandb: WandbSection = field(default_factory=WandbSection)
     benchmark: BenchmarkSection = field(default_factory=BenchmarkSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
+    plan: PlanSection = field(default_factory=PlanSection)
 
 
 def register_defaults() -> None:

@@ -14,7 +14,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
-from pipeline.schema import DIMENSIONS, Config, KernelCase
+from pipeline.planning.rates import GPUS
+from pipeline.schema import DIMENSIONS, Config, KernelCase, TrainCase
 
 STAGES = (
     "fetch",
@@ -26,6 +27,7 @@ STAGES = (
     "report",
     "generate",
     "benchmark",
+    "plan",
 )
 CHAIN = STAGES[:7]
 MEANINGFUL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -218,7 +220,13 @@ def _check_train(config: Config) -> None:
         _refuse("train.lr", train.lr, "must be finite", "set train.lr")
     _choice(config, "train.lr_schedule", ("constant", "cosine"))
     _choice(config, "train.precision", ("bf16", "fp32"))
-    _choice(config, "train.recompute", ("none", "full"))
+    _choice(config, "train.recompute", ("none", "attention", "full"))
+    _at_least(config, "train.mlp_tile", 1)
+    if train.recompute == "none":
+        for key in ("offload_activations", "mlp_tile"):
+            if getattr(train, key):
+                legal = "goes with train.recompute=attention or full"
+                _refuse(f"train.{key}", getattr(train, key), legal, "set train.recompute")
     _choice(config, "train.non_finite", ("stop", "skip"))
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         _refuse("train.betas", train.betas, "must be two numbers from 0 to below 1", "set them")
@@ -227,11 +235,17 @@ def _check_train(config: Config) -> None:
 
 def _check_benchmark(config: Config) -> None:
     bench = config.benchmark
-    _choice(config, "benchmark.name", ("checkpoint", "kernels"))
+    _choice(config, "benchmark.name", ("checkpoint", "kernels", "train_step"))
     _at_least(config, "benchmark.repeats", 2)
     _at_least(config, "benchmark.launch_ms", 0, above=True)
     _at_least(config, "benchmark.budget_minutes", 0)
     _choice(config, "benchmark.precision", ("bf16", "fp16", "fp32"))
+    _at_least(config, "benchmark.document_mean", 1)
+    _at_least(config, "benchmark.document_sigma", 0)
+    if bench.name == "train_step":
+        _check_groups(bench.groups, bench.train_cases, "train_cases")
+        for index, case in enumerate(bench.train_cases):
+            _check_train_case(config, f"benchmark.train_cases[{index}]", case)
     if bench.name != "kernels":
         return
     # Brings FlexAttention, which takes seconds to import.
@@ -239,11 +253,7 @@ def _check_benchmark(config: Config) -> None:
 
     if config.stage == "benchmark" and config.parallel.nodes * config.parallel.gpus_per_node > 1:
         _refuse("benchmark.name", bench.name, "runs on one GPU", "set parallel=single")
-    groups = tuple(dict.fromkeys(case.group for case in bench.cases))
-    unknown = sorted(set(bench.groups) - set(groups))
-    if unknown or not bench.groups:
-        legal = f"must name some of the cases' groups {', '.join(groups) or '(no cases)'}"
-        _refuse("benchmark.groups", unknown, legal, "set benchmark.groups or benchmark.cases")
+    _check_groups(bench.groups, bench.cases, "cases")
     for index, case in enumerate(bench.cases):
         _check_kernel_case(f"benchmark.cases[{index}]", case)
     for index, setting in enumerate(bench.settings):
@@ -254,6 +264,40 @@ def _check_benchmark(config: Config) -> None:
             value = getattr(setting, side)
             if value < 1:
                 _refuse(f"{key}.{side}", value, "must be at least 1", "set it")
+
+
+def _check_groups(wanted: list[str], cases: list[KernelCase] | list[TrainCase], key: str) -> None:
+    groups = tuple(dict.fromkeys(case.group for case in cases))
+    unknown = sorted(set(wanted) - set(groups))
+    if unknown or not wanted:
+        legal = f"must name some of the cases' groups {', '.join(groups) or '(no cases)'}"
+        _refuse("benchmark.groups", unknown, legal, f"set benchmark.groups or benchmark.{key}")
+
+
+def _check_train_case(config: Config, key: str, case: TrainCase) -> None:
+    from pipeline.benchmarks.train_rows import ARMS, DOCUMENTS, arm_shape, case_config
+
+    if not case.arms or set(case.arms) - set(ARMS):
+        _refuse(f"{key}.arms", case.arms, f"must name some of {', '.join(ARMS)}", "set it")
+    if case.steps is not None and case.steps < 1:
+        _refuse(f"{key}.steps", case.steps, "must be at least 1", "set it")
+    tokens = type(case.documents) is int and case.documents >= 1
+    if not tokens and case.documents not in DOCUMENTS:
+        legal = f"must be {', '.join(DOCUMENTS)} or the tokens of each document, at least 1"
+        _refuse(f"{key}.documents", case.documents, legal, "set it")
+    if "hybrid" in case.arms and all(arm_shape(config, "hybrid").is_full):
+        legal = "leaves no layer sparse: the hybrid arm would be the full one"
+        _refuse("schedule.full", config.schedule.full, legal, f"set it, or {key}.arms=[full]")
+    own = case_config(config, case)
+    try:
+        _at_least(own, "data.seq_length", 2)
+        _check_parallel(own)
+        _check_train(own)
+        if own.train.deterministic:
+            legal = "is not what a step of the table is measured with"
+            _refuse("train.deterministic", True, legal, "set train.deterministic=false")
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _check_kernel_case(key: str, case: KernelCase) -> None:
@@ -278,6 +322,14 @@ def _check_kernel_case(key: str, case: KernelCase) -> None:
             )
     if not case.backends:
         _refuse(f"{key}.backends", [], f"must name some of {', '.join(legal)}", "set it")
+
+
+def _check_plan(config: Config) -> None:
+    _choice(config, "plan.gpu", tuple(GPUS))
+    _at_least(config, "plan.host_gib", 0, above=True)
+    lengths = config.plan.document_lengths
+    if lengths and min(lengths) < 1:
+        _refuse("plan.document_lengths", lengths, "must be at least 1 each", "set them, or []")
 
 
 def _check_eval(config: Config) -> None:
@@ -312,6 +364,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_parallel,
     _check_train,
     _check_benchmark,
+    _check_plan,
     _check_eval,
 )
 

@@ -62,12 +62,15 @@ def tiny_llama(config: ModelConfig, seed=0, **changes) -> LlamaForCausalLM:
     return model.eval()
 
 
-def tiny_gpt(config: ModelConfig, llama: LlamaForCausalLM | None = None, row_length=64, **kwargs):
+def tiny_gpt(
+    config: ModelConfig, llama: LlamaForCausalLM | None = None, row_length=64, memory=None, **kwargs
+):
     """HybridGPT on one process, with the weights of `llama`; needs the `layout` fixture."""
     from model.gpt import HybridGPT, transformer_config
     from model.mapping import megatron_to_hf_names, merge
 
-    model = HybridGPT(config, transformer_config(config, torch.float32, **kwargs), row_length)
+    megatron = transformer_config(config, torch.float32, **kwargs)
+    model = HybridGPT(config, megatron, row_length, memory)
     if llama is not None:
         theirs = llama.state_dict()
         ours = dict(model.named_parameters())

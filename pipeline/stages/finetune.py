@@ -30,6 +30,8 @@ NOT_THE_RESULT = (
     "hang_seconds",
     "micro_batch_rows",
     "recompute",
+    "offload_activations",
+    "mlp_tile",
     # They decide at what the run stumbles; told to stop, a user mends them and goes on.
     "non_finite",
     "spike_sigmas",

@@ -20,6 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed's defaults, in elements: what ZeRO reduces at once, and the size up to which ZeRO 3
 # keeps a parameter whole on every rank.
 REDUCE_BUCKET = 500_000_000
+# Of one of AdamW's groups; more where a single parameter has more.
+GROUP_ELEMENTS = 1_000_000_000
 ZERO3_KEPT_WHOLE = 100_000
 
 
@@ -75,6 +77,8 @@ class Fragment:
 def build_model(config: Config, shape: ModelConfig, layout: Layout) -> torch.nn.Module:
     """HybridGPT of this shape on the layout, its weights still to be filled."""
     from model.gpt import HybridGPT, transformer_config
+    from model.hybrid_layer import LayerMemory
+    from model.kept import KeptTensors
 
     parallel = config.parallel
     megatron = transformer_config(
@@ -83,10 +87,14 @@ def build_model(config: Config, shape: ModelConfig, layout: Layout) -> torch.nn.
         tensor=parallel.tensor,
         ulysses=parallel.ulysses,
         sequence_parallel=parallel.sequence_parallel,
-        recompute=config.train.recompute == "full",
         initialize=False,
     )
-    return HybridGPT(shape, megatron, config.data.seq_length).to(layout.device)
+    memory = LayerMemory(
+        config.train.recompute,
+        config.train.mlp_tile,
+        KeptTensors(config.train.offload_activations),
+    )
+    return HybridGPT(shape, megatron, config.data.seq_length, memory).to(layout.device)
 
 
 def build_engine(
@@ -102,13 +110,8 @@ def build_engine(
     # It warns of every optimizer but its own; that this one is right is tested.
     deepspeed_logger.setLevel(logging.ERROR)
     _sum_partial_gradients(model, layout)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = GuardedAdamW(
-        [
-            {"params": decayed, "weight_decay": train.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
+        parameter_groups(model, train.weight_decay),
         lr=train.lr,
         betas=tuple(train.betas),
         eps=train.adam_eps,
@@ -131,7 +134,8 @@ def build_engine(
     }
     if train.precision == "bf16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config["gradient_accumulation_steps"] > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
     if parallel.optimizer_offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         # DeepSpeed's own CPU optimizer would have to be compiled.
@@ -143,6 +147,24 @@ def build_engine(
         )
     _allocate_moments(engine)
     return engine
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups: matrices with weight decay, norms without, few enough elements in each.
+
+    DeepSpeed updates group after group, and copies one group's gradients to fp32 for it.
+    """
+    decayed, others = ([p for p in model.parameters() if (p.dim() > 1) is d] for d in (True, False))
+    groups = []
+    for parameters, decay in ((decayed, weight_decay), (others, 0.0)):
+        elements = GROUP_ELEMENTS
+        for parameter in parameters:
+            if elements + parameter.numel() > GROUP_ELEMENTS:
+                groups.append({"params": [], "weight_decay": decay})
+                elements = 0
+            groups[-1]["params"].append(parameter)
+            elements += parameter.numel()
+    return groups
 
 
 def _sum_partial_gradients(model: torch.nn.Module, layout: Layout) -> None:

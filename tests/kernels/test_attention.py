@@ -12,7 +12,7 @@ import torch
 import kernels.sparse_attention
 import kernels.tiled
 from kernels.pattern import Pattern
-from kernels.sparse_attention import sparse_attention
+from kernels.sparse_attention import attention_gradients, sparse_attention
 from tests.kernels.cases import PATTERNS, assert_matches_reference, make_inputs
 
 PATTERNS = {"full": Pattern.full(), **PATTERNS}
@@ -132,3 +132,18 @@ def test_the_folder_counts_as_absent_for_transformers():
     root = importlib.util.find_spec("kernels").submodule_search_locations[0] + "/.."
     got = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert got.stdout.strip() == "False", got.stderr
+
+
+@pytest.mark.parametrize("name", ["per_head", "full"])
+def test_gradients_from_what_was_kept(name):
+    """They equal those that autograd gives, with a shard's place and a scale of one's own."""
+    pattern = Pattern.full() if name == "full" else PATTERNS[name]
+    q, k, v, d_out, _, bounds = make_inputs([50, 1, 40], 4, 2, 16)
+    options = {"first_kv_head": 2, "total_kv_heads": 4, "softmax_scale": 0.3}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = sparse_attention(*leaves, pattern, bounds, return_lse=True, **options)
+    wanted = torch.autograd.grad(out, leaves, d_out)
+    kept = (q, k, v, out.detach(), lse.detach())
+    found = attention_gradients(d_out, *kept, pattern, bounds, **options)
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).norm() <= 1e-6 * want.norm()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels.dense as dense
-from kernels.dense import BACKENDS, choose, dense_attention
+from kernels.dense import BACKENDS, choose, dense_attention, dense_attention_gradients
 from kernels.pattern import Pattern
 from kernels.reference import reference_attention
 
@@ -70,6 +70,27 @@ def test_matches_reference(name, heads, kv_heads, head_dim, documents):
         assert got.shape == want.shape
         error = (got - want).norm() / want.norm()
         assert error <= TOLERANCE[dtype], f"{part}: {error:.2e}"
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", [on_gpu_only(name) for name in NAMES])
+def test_gradients_from_what_was_kept(name, documents):
+    """They equal those that autograd gives."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    reason = dense.BY_NAME[name].unmet(torch.device(DEVICE), dtype, 64)
+    if reason is not None:
+        pytest.skip(f"{name} {reason}")
+    q, k, v, d_out, bounds = inputs(DOCUMENTS[documents], 6, 2, 64, dtype)
+    options = {"softmax_scale": 0.1, "backend": name}
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, lse = dense_attention(*leaves, bounds, return_lse=True, **options)
+    wanted = torch.autograd.grad(out, leaves, d_out)
+    kept = (q, k, v, out.detach(), lse.detach())
+    for got, want in zip(
+        dense_attention_gradients(d_out, *kept, bounds, **options), wanted, strict=True
+    ):
+        assert got.shape == want.shape
+        assert (got - want).norm() <= TOLERANCE[dtype] * want.norm()
 
 
 @pytest.mark.parametrize("name", [on_gpu_only(name) for name in NAMES])

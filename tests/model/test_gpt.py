@@ -1,12 +1,15 @@
 """The trained model: parity with transformers, documents kept apart, loss, RoPE per layer kind."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels.tiled
 import model.mapping
+from model.kept import KeptTensors
 from model.loss import IGNORED
 from tests.tiny import PATTERNS, tiny_config, tiny_gpt, tiny_llama
 
@@ -108,10 +111,9 @@ def gradients_of(gpt, losses):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_loss_equals_cross_entropy_of_the_logits(layout, pattern, recompute):
+def test_loss_equals_cross_entropy_of_the_logits(layout, pattern):
     config = tiny_config(is_full=(False, True, False), pattern=PATTERNS[pattern])
-    gpt = tiny_gpt(config, tiny_llama(config), recompute=recompute).train()
+    gpt = tiny_gpt(config, tiny_llama(config)).train()
     tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(2))
     labels = tokens.roll(-1, 1)
     labels[:, 50:] = IGNORED
@@ -124,6 +126,40 @@ def test_loss_equals_cross_entropy_of_the_logits(layout, pattern, recompute):
     assert (losses[:, 50:] == 0).all()
     for got, expected in zip(gradients, gradients_of(gpt, wanted), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("mlp_tile", [None, 50, 7])
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_what_layers_keep_changes_no_gradient(layout, recompute, mlp_tile, offload):
+    """50 tokens of 2 rows are 25 positions, which 64 is no multiple of."""
+    config = tiny_config(is_full=(False, True, False), pattern=PATTERNS["per_head"])
+    llama = tiny_llama(config)
+    tokens = torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(2))
+    positions, bounds = packed([40, 24], rows=2)
+    found = []
+    from model.hybrid_layer import LayerMemory
+
+    for memory in (None, LayerMemory(recompute, mlp_tile, KeptTensors(offload))):
+        gpt = tiny_gpt(config, llama, memory=memory).train()
+        losses = gpt(tokens, positions, bounds, tokens.roll(-1, 1))
+        found.append([losses.detach(), *gradients_of(gpt, losses)])
+    for plain, kept in zip(*found, strict=True):
+        assert (plain - kept).norm() <= 5e-6 * plain.norm()
+
+
+@pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_attention_is_recomputed_where_it_is_not_kept(layout, monkeypatch, recompute, runs):
+    calls = []
+    honest = kernels.tiled.forward
+    monkeypatch.setattr(kernels.tiled, "forward", lambda *a: calls.append(1) or honest(*a))
+    from model.hybrid_layer import LayerMemory
+
+    config = tiny_config(is_full=(False,) * 3, pattern=PATTERNS["per_head"])
+    gpt = tiny_gpt(config, tiny_llama(config), memory=LayerMemory(recompute)).train()
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    gradients_of(gpt, gpt(tokens, *packed([64]), tokens))
+    assert len(calls) == 3 * runs
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -191,6 +227,8 @@ def test_angles_stay_float32_in_a_bf16_model(layout):
     config = tiny_config()
     gpt = tiny_gpt(config, tiny_llama(config)).bfloat16()
     gpt.rotary_pos_emb.set_positions(torch.tensor([[131071]]))
-    angles = gpt.rotary_pos_emb()
-    assert angles.dtype == torch.float32
-    assert angles[0, 0, 0, 0, 0] == 131071
+    cos, sin = gpt.rotary_pos_emb()[0]
+    assert cos.dtype == sin.dtype == torch.float32
+    # In bfloat16 the position would have been 131072.
+    for found, exact in ((cos, math.cos(131071)), (sin, math.sin(131071))):
+        assert abs(found[0, 0, 0, 0] - exact) < 1e-6

@@ -143,7 +143,7 @@ REFUSALS = {
     "train.hang_seconds=-1": r"train.hang_seconds=-1.0: must be at least 0",
     "benchmark.name=all": r"benchmark.name='all': must be one of checkpoint",
     "benchmark.repeats=1": r"benchmark.repeats=1: must be at least 2",
-    "train.recompute=some": r"train.recompute='some': must be one of none, full",
+    "train.recompute=some": r"train.recompute='some': must be one of none, attention, full",
     "train.betas=[0.9]": r"train.betas=\[0.9\]: must be two numbers",
     "wandb.mode=on": r"wandb.mode='on'|wandb.mode: ",
     "export.source=base": r"export.source='base': must be one of finetune, convert",
