@@ -163,7 +163,8 @@ class TrainSection:
     ones. non_finite: stop, or skip the step. spike_sigmas: skip a step whose loss or gradient norm
     is more standard deviations above the mean of the last spike_window steps; null: none.
     save_background: copy to host memory, then write while training goes on. hang_seconds: without
-    progress for so long the watchdog ends the run; 0: never.
+    progress for so long the watchdog ends the run; 0: never. profile_step: the step of which a
+    trace is written into the run's folder.
     """
 
     steps: int = 100
@@ -196,6 +197,7 @@ class TrainSection:
     spike_sigmas: float | None = None
     spike_window: int = 128
     hang_seconds: float = 1800
+    profile_step: int | None = None
 
 
 @dataclass

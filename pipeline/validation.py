@@ -221,7 +221,8 @@ def _check_train(config: Config) -> None:
     _choice(config, "train.lr_schedule", ("constant", "cosine"))
     _choice(config, "train.precision", ("bf16", "fp32"))
     _choice(config, "train.recompute", ("none", "attention", "full"))
-    _at_least(config, "train.mlp_tile", 1)
+    for key in ("mlp_tile", "profile_step"):
+        _at_least(config, f"train.{key}", 1)
     if train.recompute == "none":
         for key in ("offload_activations", "mlp_tile"):
             if getattr(train, key):

@@ -28,6 +28,7 @@ NOT_THE_RESULT = (
     "keep_last",
     "save_background",
     "hang_seconds",
+    "profile_step",
     "micro_batch_rows",
     "recompute",
     "offload_activations",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
 from pipeline.training.loader import Batch, Loader, Rows, collate
 from pipeline.training.metrics import Metrics, PositionLosses, peak_resident_bytes
+from pipeline.training.profiler import traced
 from pipeline.training.watchdog import Watchdog
 
 log = logging.getLogger("longgen.training")
@@ -112,6 +114,7 @@ class Trainer:
         first = number <= self.first + 1
         self._beat(f"step {number}: reading rows")
         batches = self.loader.step(consumed)
+        waited = time.perf_counter() - started
         device = self.layout.device
         valid = torch.tensor(sum(b.valid_tokens for b in batches), device=device)
         valid = self.layout.sum(valid).clamp(min=1)
@@ -126,11 +129,12 @@ class Trainer:
             losses, batch = self._forward(batch)
             summed = losses.float().sum()
             total += summed.detach()
-            if self.engine.is_gradient_accumulation_boundary():
-                loss = (self.layout.sum(total.clone()) / valid).item()
-                self.guard.check_loss(number, loss)
             self._beat(f"step {number}: backward {index}", first)
             self.engine.backward(summed * scale)
+            if self.engine.is_gradient_accumulation_boundary():
+                # Only now, when the device has been given all its work, is it waited for.
+                loss = (self.layout.sum(total.clone()) / valid).item()
+                self.guard.check_loss(number, loss)
             self._beat(f"step {number}: optimizer {index}", first)
             self.engine.step()
             lengths += batch.lengths
@@ -155,7 +159,14 @@ class Trainer:
             "mfu": flops / self.peak if self.peak else None,
             "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
             "seconds": seconds,
+            "data_wait": waited / seconds,
         }
+
+    def _traced(self, number: int):
+        """Of the step of that number a trace is written, where the configuration asks for one."""
+        if number != self.train.profile_step or self.layout.rank != 0:
+            return nullcontext()
+        return traced(self.folder / f"trace_step_{number}.json.gz")
 
     def _beat(self, what: str, long: bool = False) -> None:
         self.watchdog.beat(what, LONG * self.train.hang_seconds if long else None)
@@ -201,7 +212,8 @@ class Trainer:
         ):
             task = bar.add_task("finetune", total=last, completed=step, loss="-")
             while step < last:
-                measured = self.step(step, consumed)
+                with self._traced(step + 1):
+                    measured = self.step(step, consumed)
                 step, consumed = step + 1, consumed + self.train.rows_per_step
                 bar.update(task, completed=step, loss=measured["loss"])
                 self._record({"kind": "train", "step": step, **measured})

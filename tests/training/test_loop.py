@@ -1,7 +1,10 @@
 """The step's maths against plain PyTorch, resume without a trace, and what stops a run."""
 
+import gzip
+import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -271,6 +274,23 @@ def test_a_spike_of_the_loss_is_skipped(layout, tmp_path, zero_stage):
     trainer._forward = honest
     assert trainer.step(5, 20)["skipped"] is None
     assert not torch.equal(masters(trainer), before)
+
+
+def test_one_step_is_traced_where_asked(layout, tmp_path):
+    train_whole(tmp_path, steps=3, profile_step=2)
+    (path,) = tmp_path.glob("*trace*")
+    assert path.name == "trace_step_2.json.gz"
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"aten::mm", "longgen::sparse_attention_bwd"} <= names
+
+
+def test_a_step_tells_what_it_waited_for(layout, tmp_path):
+    trainer, _ = make_trainer(tmp_path)
+    honest = trainer.loader.step
+    trainer.loader.step = lambda consumed: time.sleep(0.2) or honest(consumed)
+    measured = trainer.step(0, 0)
+    assert 0.2 / measured["seconds"] <= measured["data_wait"] < 1
 
 
 def test_learning_rate():
