@@ -15,7 +15,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .call import Call, on_device
 from .far_keys import add_far_keys
 from .hopper_backward import hopper_bwd_window_kernel
-from .hopper_far import hopper_bwd_far_dkv_kernel, hopper_bwd_far_dq_kernel
+from .hopper_far_dkv import hopper_bwd_far_dkv_kernel
+from .hopper_far_dq import hopper_bwd_far_dq_kernel
 from .hopper_forward import hopper_fwd_kernel
 from .triton_attention import far_slot_tiles, pattern_arguments, row_delta
 

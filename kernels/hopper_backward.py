@@ -9,7 +9,8 @@ time, and the first one stores where the others add, so that nothing need be zer
 has which tile depends on who is free, as documents make tiles of very different lengths; a fixed
 deal left programs to wait for the longest at every round of turns.
 
-Special keys (sink tokens, strided blocks) before a query's window are left to hopper_far.
+Special keys (sink tokens, strided blocks) before a query's window are left to hopper_far_dq and
+hopper_far_dkv.
 
 Shapes: T packed tokens, N query heads, G KV heads, R = N / G, H head dim. `call` is the documents'
 bounds on the device, their number, the steps of a bisection among them, and T; `work` the
@@ -31,12 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_names import async_add, async_load, async_load_elements, async_store, store_wait
-from .hopper_walk import document_of
+from .hopper_items import draw_item, drawn_item
+from .hopper_window import DIAGONAL, KEYS, QUERIES, item_place, query_tiles, walk_part
 
-KEYS = gl.constexpr(128)
-QUERIES = gl.constexpr(64)
-# Tiles of queries that begin within their tile of keys.
-DIAGONAL = gl.constexpr(2)
 PANEL = gl.constexpr(64)
 
 
@@ -60,64 +58,6 @@ def _hidden_zero(it):
 
 
 @gluon.jit
-def _draw_item(n, work, barriers, item_buf):
-    """Draws the program's n-th item, and tells the program's other warps; the producer's."""
-    item_ready, item_empty = barriers
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    item = gl.atomic_add(work[0], 1, sem="relaxed")
-    mbarrier.wait(item_empty, (n & 1) ^ 1)
-    item_buf.store(gl.full([1], 0, gl.int32, layout=LINE) + item)
-    fence_async_shared()
-    mbarrier.arrive(item_ready, count=1)
-    return item
-
-
-@gluon.jit
-def _drawn_item(n, barriers, item_buf, WARPS: gl.constexpr):
-    """The item that the producer drew n-th."""
-    item_ready, item_empty = barriers
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    mbarrier.wait(item_ready, n & 1)
-    item = gl.max(item_buf.load(LINE), 0)
-    mbarrier.arrive(item_empty, count=1)
-    return item
-
-
-@gluon.jit
-def _place(item, key_tiles):
-    """(tile of keys, KV head) of an item: the last tile of a head first."""
-    return key_tiles - 1 - item % key_tiles, item // key_tiles
-
-
-@gluon.jit
-def _query_tiles(first_key, call, WINDOW: gl.constexpr):
-    """(query tiles of a key tile, the first that sees it whole, the first after these)."""
-    cu_seqlens, documents, search_steps, tokens = call
-    last_key = gl.minimum(first_key + KEYS, tokens) - 1
-    search = (documents, search_steps)
-    first_stop = gl.load(cu_seqlens + document_of(cu_seqlens, *search, first_key) + 1)
-    last_stop = gl.load(cu_seqlens + document_of(cu_seqlens, *search, last_key) + 1)
-    stop_row = gl.minimum(last_key + WINDOW, last_stop)
-    tiles = gl.cdiv(stop_row - first_key, QUERIES)
-    whole = (last_key - first_key + QUERIES - 1) // QUERIES
-    stop_whole = (gl.minimum(first_key + WINDOW, first_stop) - first_key) // QUERIES
-    one = (first_stop == last_stop) & (first_key + KEYS <= tokens)
-    return tiles, whole, gl.where(one, stop_whole, 0)
-
-
-@gluon.jit
-def _part(part, tiles, ratio):
-    """The query tiles [first, stop) of the part of that number of an item's walk.
-
-    All query heads' diagonal tiles come first, then the others head by head: where a document ends
-    in a tile of keys, the document's other tiles of keys wait on the diagonal for their turn.
-    """
-    diagonal = gl.minimum(tiles, DIAGONAL)
-    first = gl.where(part < ratio, 0, diagonal)
-    return first, gl.where(part < ratio, diagonal, tiles)
-
-
-@gluon.jit
 def _produce(
     descs, row_ptrs, bufs, barriers, work, call, WINDOW: gl.constexpr, PANELS: gl.constexpr
 ):
@@ -135,11 +75,11 @@ def _produce(
     lanes = gl.arange(0, QUERIES, layout=LINE)
     it = 0
     n = 0
-    item = _draw_item(n, work, barriers[0], bufs[0])
+    item = draw_item(n, ticket_ptr, barriers[0], bufs[0])
     while item < items:
-        tile, kv_head = _place(item, key_tiles)
+        tile, kv_head = item_place(item, key_tiles)
         first_key = tile * KEYS
-        tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
+        tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         mbarrier.wait(kv_empty, (n & 1) ^ 1)
         mbarrier.expect(kv_ready, 4 * PANELS * k_desc.block_type.nbytes)
         for c in gl.static_range(PANELS):
@@ -151,7 +91,7 @@ def _produce(
                 async_load(v_desc, at, kv_ready, v_buf)
         for part in range(2 * ratio):
             head = kv_head * ratio + part % ratio
-            first, stop = _part(part, tiles, ratio)
+            first, stop = walk_part(part, tiles, ratio)
             for m in range(first, stop):
                 stage = it % STAGES
                 first_row = first_key + m * QUERIES
@@ -174,7 +114,7 @@ def _produce(
                 async_copy.mbarrier_arrive(row_ready.index(stage), increment_count=False)
                 it += 1
         n += 1
-        item = _draw_item(n, work, barriers[0], bufs[0])
+        item = draw_item(n, ticket_ptr, barriers[0], bufs[0])
 
 
 @gluon.jit
@@ -194,18 +134,9 @@ def _scores(a_bufs, b_bufs, stage, spare, first, WG: gl.constexpr, PANELS: gl.co
 
 
 @gluon.jit
-def _next_scores(
-    it,
-    last,
-    k_bufs,
-    q_bufs,
-    q_ready,
-    spare,
-    WG: gl.constexpr,
-    PANELS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _next_scores(it, last, k_bufs, q_bufs, q_ready, spare, WG: gl.constexpr, PANELS: gl.constexpr):
     """Starts the scores of the next tile of queries, or, past the last, some that nobody reads."""
+    STAGES: gl.constexpr = q_bufs.type.shape[0] // PANELS
     mbarrier.wait(q_ready.index(it % STAGES), it // STAGES & 1, pred=it < last)
     stage = it % STAGES
     return _scores(k_bufs, q_bufs, stage, spare, _hidden_zero(it), WG, PANELS)
@@ -242,11 +173,11 @@ def _consume(
     scale_log2 = scale * 1.4426950408889634
     it = 0
     n = 0
-    item = _drawn_item(n, barriers[0], bufs[0], 4)
+    item = drawn_item(n, barriers[0], bufs[0], 4)
     while item < items:
-        tile, kv_head = _place(item, key_tiles)
+        tile, kv_head = item_place(item, key_tiles)
         first_key = tile * KEYS
-        tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
+        tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         dk0 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
         dk1 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
         dv0 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
@@ -308,7 +239,7 @@ def _consume(
                 else:
                     dk0, dv0, p_a, ds_a = warpgroup_mma_wait(1, deps=[dk0, dv0, p_a, ds_a])
                 mbarrier.arrive(q_empty.index(stage), count=1)
-                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS, STAGES)
+                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS)
                 dq = warpgroup_mma_wait(PANELS, deps=[dq_token])
                 mbarrier.arrive(ds_empty.index(pair), count=1)
                 mbarrier.wait(dq_empty.index(WG), (it & 1) ^ 1)
@@ -319,7 +250,7 @@ def _consume(
                 dk0, dv0, p_a, ds_a = warpgroup_mma_wait(0, deps=[dk0, dv0, p_a, ds_a])
                 mbarrier.arrive(q_empty.index(stage), count=1)
                 mbarrier.arrive(ds_empty.index(pair), count=1)
-                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS, STAGES)
+                s_token = _next_scores(it + 1, last, k_bufs, q_bufs, q_ready, p, WG, PANELS)
             stop = gl.where(it < last_of_diagonal, diagonal, tiles)
             it += 1
             m += 1
@@ -336,7 +267,7 @@ def _consume(
             gl.store(dk_ptr + at + PANEL, (dk1 * scale).to(q_bufs.dtype), mask=there)
             gl.store(dv_ptr + at + PANEL, dv1.to(q_bufs.dtype), mask=there)
         n += 1
-        item = _drawn_item(n, barriers[0], bufs[0], 4)
+        item = drawn_item(n, barriers[0], bufs[0], 4)
 
 
 @gluon.jit
@@ -353,15 +284,15 @@ def _write(
     it = 0
     last_at = turn_ptr
     n = 0
-    item = _drawn_item(n, barriers[0], bufs[0], 1)
+    item = drawn_item(n, barriers[0], bufs[0], 1)
     while item < items:
-        tile, kv_head = _place(item, key_tiles)
+        tile, kv_head = item_place(item, key_tiles)
         first_key = tile * KEYS
-        tiles, whole, stop_whole = _query_tiles(first_key, call, WINDOW)
+        tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         steps = 0
         for part in range(2 * ratio):
             head = kv_head * ratio + part % ratio
-            first, stop = _part(part, tiles, ratio)
+            first, stop = walk_part(part, tiles, ratio)
             for m in range(first, stop):
                 first_row = first_key + m * QUERIES
                 turn_at = turn_ptr + (head * key_tiles * 2 + first_row // QUERIES)
@@ -393,7 +324,7 @@ def _write(
         one = _wait_for_writes(n * 0 + 1, 0)
         gl.atomic_add(last_at, one, sem="release")
         n += 1
-        item = _drawn_item(n, barriers[0], bufs[0], 1)
+        item = drawn_item(n, barriers[0], bufs[0], 1)
 
 
 @gluon.jit(do_not_specialize=["documents", "search_steps", "tokens", "key_tiles", "items"])

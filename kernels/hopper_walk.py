@@ -76,3 +76,9 @@ def special_place(number, phase, PATTERN: gl.constexpr):
         strided = block * PATTERN[2] + strided % BLOCK_HALVES * HALF
         place = gl.where(number < SINK_HALVES, place, strided)
     return place
+
+
+@gluon.jit
+def far_limit(rows, stop, PATTERN: gl.constexpr):
+    """The last key that is far for each row; none (-1) for rows of later documents."""
+    return gl.where(rows < stop, rows - PATTERN[1], -1)

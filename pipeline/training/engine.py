@@ -94,7 +94,9 @@ def build_model(config: Config, shape: ModelConfig, layout: Layout) -> torch.nn.
         config.train.mlp_tile,
         KeptTensors(config.train.offload_activations),
     )
-    return HybridGPT(shape, megatron, config.data.seq_length, memory).to(layout.device)
+    # Straight on the device: a rank's share of a large model has no place on the host beside.
+    with layout.device:
+        return HybridGPT(shape, megatron, config.data.seq_length, memory)
 
 
 def build_engine(
@@ -115,7 +117,7 @@ def build_engine(
         lr=train.lr,
         betas=tuple(train.betas),
         eps=train.adam_eps,
-        fused=layout.device.type == "cuda" and not parallel.optimizer_offload,
+        fused=True,
     )
     elements = sum(p.numel() for p in model.parameters())
     config = {
@@ -210,11 +212,9 @@ def _allocate_moments(engine) -> None:
     when the other groups have none.
     """
     inner = inner_optimizer(engine)
-    on_device = inner.defaults["fused"]
     for master in _masters(engine):
-        device = master.device if on_device else "cpu"
         inner.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "step": torch.zeros((), dtype=torch.float32, device=master.device),
             **{name: torch.zeros_like(master) for name in MOMENTS},
         }
     if engine.zero_optimization_stage() < 3:

@@ -6,7 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.hopper_backward import hopper_bwd_window_kernel
-from kernels.hopper_far import hopper_bwd_far_dkv_kernel, hopper_bwd_far_dq_kernel
+from kernels.hopper_far_dkv import hopper_bwd_far_dkv_kernel
+from kernels.hopper_far_dq import hopper_bwd_far_dq_kernel
 from kernels.hopper_forward import hopper_fwd_kernel
 
 STRIDED = (64, 192, 64, 4, True)
