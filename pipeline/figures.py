@@ -30,6 +30,9 @@ BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 LIGHT = "#F2F2F2"
 CURVES = (BLUE, VERMILLION, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+# Of the documents in a training step's row: line styles, and names.
+LINES = ("-", "--", ":", "-.")
+DOCUMENTS = {"one": "one document", "packed": "packed documents"}
 DPI = 144
 MIB = 2**20
 # Beyond this ratio of greatest to least a linear axis flattens the lesser curve.
@@ -352,6 +355,41 @@ def speed_by_length(rows: Sequence[Record]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     place = {"loc": "outside lower center", "ncols": len(labels)}
     figure.legend(handles, labels, frameon=False, fontsize=8, **place)
+    return figure
+
+
+def several_lengths(rows: Sequence[Record]) -> bool:
+    """Whether a table of training steps has rows of more than one length that were measured."""
+    return len({row["length"] for row in rows if row.get("tokens_per_second_per_gpu")}) > 1
+
+
+def training_speed_by_length(rows: Sequence[Record]) -> Figure:
+    """Tokens per second and GPU by the row's tokens, a curve per arm, documents and mask."""
+    figure, axes = _figure()
+    curves: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        if speed := row.get("tokens_per_second_per_gpu"):
+            points = curves.setdefault((row["documents"], row["document_mask"], row["arm"]), {})
+            points[row["length"]] = max(speed, points.get(row["length"], 0.0))
+    kinds = list(dict.fromkeys(key[:2] for key in curves))
+    styles = dict(zip(kinds, cycle(zip(LINES, MARKERS, strict=False)), strict=False))
+    for (documents, mask, arm), points in curves.items():
+        line, marker = styles[documents, mask]
+        colour, inside = {"hybrid": (BLUE, BLUE), "full": (VERMILLION, "white")}[arm]
+        label = f"{arm}, {DOCUMENTS.get(documents, f'documents of {documents}')}"
+        label += "" if mask else ", no mask"
+        style = {"linestyle": line, "marker": marker, "color": colour, "markerfacecolor": inside}
+        axes.plot(*zip(*sorted(points.items()), strict=True), **style, markersize=5, label=label)
+    _tidy(axes)
+    lengths = sorted({length for points in curves.values() for length in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{at // 1024}K" if at >= 1024 else f"{at}" for at in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(bottom=0)
+    _thousands(axes.yaxis)
+    axes.set_xlabel("Tokens of the row")
+    axes.set_ylabel("Tokens per second and GPU")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -368,3 +368,24 @@ def test_needle_maps_share_a_scale_and_show_each_cell():
 def test_pictures_of_the_readme(tmp_path):
     figures.save_pattern_pictures(tmp_path / "docs")
     assert sorted(p.name for p in (tmp_path / "docs").iterdir()) == ["patterns.png", "schedule.png"]
+
+
+def test_speeds_of_training_by_length_are_the_fastest_rows():
+    def row(arm, length, speed, documents="one", mask=True):
+        case = {"arm": arm, "length": length, "documents": documents, "document_mask": mask}
+        return case | {"tokens_per_second_per_gpu": speed}
+
+    rows = [
+        *(row("hybrid", 2048, 90.0), row("full", 1024, 70.0), row("hybrid", 1024, 80.0)),
+        *(row("hybrid", 1024, 60.0), row("full", 2048, None), row("hybrid", 2048, 50.0, 512)),
+        row("full", 2048, 40.0, "packed", False),
+    ]
+    figure = figures.training_speed_by_length(rows)
+    assert curves(figure) == {
+        "hybrid, one document": [80.0, 90.0],
+        "full, one document": [70.0],
+        "hybrid, documents of 512": [50.0],
+        "full, packed documents, no mask": [40.0],
+    }
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["1K", "2K"]
+    assert figures.several_lengths(rows) and not figures.several_lengths(rows[1:2] + rows[2:5:2])
