@@ -40,6 +40,12 @@ def training_flops(config: ModelConfig, document_lengths: Sequence[int]) -> floa
     return flops + per_pair * sum(pairs[kind] for kind in config.is_full)
 
 
+def attention_flops(config: ModelConfig, layer: int, document_lengths: Sequence[int]) -> float:
+    """FLOPs of the two products of layer `layer`'s attention, forward, over these documents."""
+    pairs = config.pattern_of(layer).pairs(document_lengths, config.num_kv_heads)
+    return 4.0 * config.head_dim * (config.num_heads // config.num_kv_heads) * pairs
+
+
 def peak_flops(gpu_name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a GPU named as torch.cuda names it; None where unknown."""
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in gpu_name), None)

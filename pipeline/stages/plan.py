@@ -1,0 +1,145 @@
+"""Stage plan: what a recipe would take on a named GPU. Starts nothing, and needs no GPU.
+
+Memory of one GPU and one host by part, FLOPs, seconds of a step, hours and GPU hours; where the
+recipe does not fit, by how much, and which switches would make it fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from model.config import describe_schedule
+from pipeline.manifest import StageContext
+from pipeline.planning.memory import MemoryPlan, memory_plan
+from pipeline.planning.rates import rates_of
+from pipeline.planning.switches import Way, ways_to_fit
+from pipeline.planning.time import TimePlan, row_documents, time_plan
+from pipeline.schema import Config, section_shape
+from pipeline.stages.finetune import hybrid_config
+
+INPUTS = ()
+ALWAYS = True
+GB = 1e9
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """All that the plan is made from."""
+    sections = ("plan", "model", "pattern", "schedule", "rope", "parallel", "train")
+    return {name: asdict(getattr(config, name)) for name in sections} | {
+        "seq_length": config.data.seq_length
+    }
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:8.1f}"
+
+
+def _memory_lines(config: Config, memory: MemoryPlan) -> Iterator[str]:
+    yield f"memory of one GPU in GB (it has {memory.gpu_bytes / GB:.1f}), at its largest:"
+    for phase in memory.phases:
+        peak = "  <- peak" if phase is memory.peak else ""
+        yield f"{_gb(phase.total)}  {phase.name}{peak}"
+    yield f"of the peak, {memory.peak.name}:"
+    for part, size in memory.peak.parts.items():
+        yield f"{_gb(size)}  {part}"
+    yield (
+        f"memory of one host in GB, of {config.parallel.gpus_per_node} ranks (it has "
+        f"{memory.host_bytes / GB:.1f}):"
+    )
+    for part, size in memory.host.items():
+        yield f"{_gb(size)}  {part}"
+    yield f"{_gb(sum(memory.host.values()))}  together"
+
+
+def _time_lines(time: TimePlan) -> Iterator[str]:
+    record = time.as_record()
+    yield "seconds of one step:"
+    for part, seconds in time.parts.items():
+        yield f"{seconds:8.2f}  {part}"
+    yield f"{time.step_seconds:8.2f}  together"
+    yield (
+        f"{time.tokens:,} tokens a step, model FLOPs {time.model_flops:.3e}, computed again "
+        f"{time.recomputed_flops:.3e}"
+    )
+    yield (
+        f"{record['tokens_per_second_a_gpu']:,.0f} tokens/s a GPU, MFU {record['mfu']:.1%}; "
+        f"{time.steps} steps: {time.hours:,.1f} hours, {record['gpu_hours']:,.0f} GPU hours"
+    )
+    yield (
+        f"a checkpoint: {time.checkpoint_bytes / GB:,.1f} GB, written in "
+        f"{time.checkpoint_seconds:,.0f} s, for which training stands still "
+        f"{time.blocked_seconds:.1f} s"
+    )
+
+
+def _verdict_lines(memory: MemoryPlan, ways: list[Way], least: Way | None) -> Iterator[str]:
+    for what, over in (("GPU", memory.over), ("host", memory.host_over)):
+        if over > 0:
+            yield f"does not fit: the {what} lacks {over / GB:.1f} GB"
+        else:
+            yield f"the {what} has room: {-over / GB:.1f} GB stay free"
+    for index, way in enumerate(ways):
+        yield f"{'would fit' if index == 0 else 'or'}: {_way(way)}"
+    if least:
+        yield f"none of the switches makes it fit; nearest: {_way(least)}"
+
+
+def _way(way: Way) -> str:
+    total, host = way.memory.peak.total, sum(way.memory.host.values())
+    return (
+        f"{way.describe()} (GPU {total / GB:.1f} GB, host {host / GB:.1f} GB, "
+        f"{way.step_seconds:.1f} s a step)"
+    )
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Writes plan.json: memory, time, the ways to fit, and every rate with its source."""
+    config, log = context.config, context.log
+    shape = hybrid_config(section_shape(config.model), config)
+    memory, time = memory_plan(config, shape), time_plan(config, shape)
+    ways, least = ([], None) if memory.fits else ways_to_fit(config, shape)
+    rates = rates_of(config.plan.gpu)
+    documents = row_documents(config)
+    log.info(
+        "%d x %s, layers %s, rows of %d tokens in %d document%s",
+        time.world,
+        config.plan.gpu,
+        describe_schedule(shape.is_full),
+        config.data.seq_length,
+        len(documents),
+        "" if len(documents) == 1 else "s",
+    )
+    for line in (*_memory_lines(config, memory), *_time_lines(time)):
+        log.info("%s", line)
+    assumed = dict.fromkeys(n.split(",")[0] for n, rate in rates.items() if not rate.measured)
+    log.info("assumed, not measured on a %s: %s", config.plan.gpu, ", ".join(assumed))
+    for line in _verdict_lines(memory, ways, least):
+        log.info("%s", line)
+    record = {
+        "gpu": config.plan.gpu,
+        "world": time.world,
+        "documents": documents,
+        "memory": memory.as_record(),
+        "time": time.as_record(),
+        "ways_to_fit": [
+            {
+                "changes": way.describe(),
+                "memory": way.memory.as_record(),
+                "step_seconds": way.step_seconds,
+            }
+            for way in ways
+        ],
+        "rates": {name: asdict(rate) for name, rate in rates.items()},
+        "config": depends_on(config),
+    }
+    (context.out / "plan.json").write_text(json.dumps(record, indent=2) + "\n")
+    return {
+        "gpu_peak_bytes": memory.peak.total,
+        "host_bytes": sum(memory.host.values()),
+        "fits": memory.fits,
+        "step_seconds": round(time.step_seconds, 3),
+        "hours": round(time.hours, 2),
+    }
