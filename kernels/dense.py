@@ -14,8 +14,22 @@ from importlib import import_module
 
 import torch
 
-from . import dense_backends as run_by
 from .call import check_qkv, whole_bounds
+from .dense_backends import (
+    Backward,
+    Run,
+    backward_by_document,
+    by_document,
+    cudnn_document,
+    cudnn_document_backward,
+    flash_attn_4,
+    flash_attn_4_backward,
+    flash_attn_older,
+    repeated,
+    sdpa_document,
+    torch_flash,
+    torch_flash_backward,
+)
 
 log = logging.getLogger("longgen.kernels")
 
@@ -67,8 +81,8 @@ class DenseBackend:
     """
 
     name: str
-    run: run_by.Run
-    backward: run_by.Backward
+    run: Run
+    backward: Backward
     module: str | None = None
     majors: tuple[int, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = HALF
@@ -98,14 +112,14 @@ class DenseBackend:
         return None if self.module is None else _import_error(self.module)
 
 
-FLASH_ATTN_3 = run_by.flash_attn_older("flash_attn_interface")
-FLASH_ATTN_2 = run_by.flash_attn_older("flash_attn.flash_attn_interface")
-SDPA = run_by.by_document(run_by.sdpa_document)
+FLASH_ATTN_3 = flash_attn_older("flash_attn_interface")
+FLASH_ATTN_2 = flash_attn_older("flash_attn.flash_attn_interface")
+SDPA = by_document(sdpa_document)
 BACKENDS = (
     DenseBackend(
         "flash_attn_4",
-        run_by.flash_attn_4,
-        run_by.flash_attn_4_backward,
+        flash_attn_4,
+        flash_attn_4_backward,
         module="flash_attn.cute.interface",
         majors=(9, 10, 11),
         most_dims=128,
@@ -114,14 +128,14 @@ BACKENDS = (
     DenseBackend(
         "flash_attn_3",
         FLASH_ATTN_3,
-        run_by.repeated(FLASH_ATTN_3),
+        repeated(FLASH_ATTN_3),
         module="flash_attn_interface",
         majors=(9,),
     ),
     DenseBackend(
         "cudnn",
-        run_by.by_document(run_by.cudnn_document),
-        run_by.backward_by_document(run_by.cudnn_document_backward),
+        by_document(cudnn_document),
+        backward_by_document(cudnn_document_backward),
         majors=(9, 10),
         most_dims=128,
         takes_cu_seqlens=False,
@@ -131,21 +145,21 @@ BACKENDS = (
     DenseBackend(
         "flash_attn_2",
         FLASH_ATTN_2,
-        run_by.repeated(FLASH_ATTN_2),
+        repeated(FLASH_ATTN_2),
         module="flash_attn.flash_attn_interface",
         majors=(8, 9, 10, 11, 12),
     ),
     # FlashAttention 2 as torch carries it.
     DenseBackend(
         "torch_flash",
-        run_by.torch_flash,
-        run_by.torch_flash_backward,
+        torch_flash,
+        torch_flash_backward,
         majors=(8, 9, 10, 11, 12),
     ),
     DenseBackend(
         "torch_sdpa",
         SDPA,
-        run_by.repeated(SDPA),
+        repeated(SDPA),
         dtypes=(*HALF, torch.float32, torch.float64),
         most_dims=2**16,
         dims_step=1,

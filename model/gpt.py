@@ -82,10 +82,12 @@ class HybridGPT(GPTModel):
             share_embeddings_and_output_weights=config.tie_embeddings,
             position_embedding_type="rope",
         )
-        self.rotary_pos_emb = DocumentRope(
-            inverse_frequencies(config.head_dim, config.rope),
-            inverse_frequencies(config.head_dim, config.sparse_rope),
-        )
+        # On the host wherever the weights are made: powers differ in their last bits by device.
+        with torch.device("cpu"):
+            self.rotary_pos_emb = DocumentRope(
+                inverse_frequencies(config.head_dim, config.rope),
+                inverse_frequencies(config.head_dim, config.sparse_rope),
+            )
         for parameter in self.parameters():
             # Megatron marks sharded weights while it initializes them. Without the mark a gradient
             # norm would count one rank's shards alone.

@@ -6,10 +6,13 @@ says which file holds which tensor. Hugging Face's own folders are read as well.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from textwrap import shorten
 
@@ -44,9 +47,9 @@ class WeightFolder:
     def __init__(self, folder: Path, allow_pickle: bool = False) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
-        self._open: tuple[Path, object] | None = None
+        self._open: tuple[Path, _SafetensorsFile | _PickledFile] | None = None
         for path in _weight_files(folder, allow_pickle):
-            for name in self._handle(path).keys():  # noqa: SIM118 (a safetensors handle, no dict)
+            for name in self._opened(path).names():
                 if name in self._file_of:
                     raise WeightsError(
                         f"{folder}: tensor {name} lies in {self._file_of[name].name} and in "
@@ -75,31 +78,36 @@ class WeightFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor `name`, without reading its values."""
-        handle = self._handle(self.file_of(name))
-        if isinstance(handle, dict):
-            return tuple(handle[name].shape)
-        return tuple(handle.get_slice(name).get_shape())
+        return self._opened(self.file_of(name)).shape(name)
 
     def dtype(self, name: str) -> str:
         """How tensor `name` is stored, in safetensors' terms, such as "BF16"."""
-        handle = self._handle(self.file_of(name))
-        if isinstance(handle, dict):
-            return DTYPES.get(handle[name].dtype, str(handle[name].dtype))
-        return handle.get_slice(name).get_dtype()
+        return self._opened(self.file_of(name)).dtype(name)
 
-    def read(self, name: str, within: tuple[slice, ...] = (slice(None),)) -> torch.Tensor:
+    def nbytes(self, name: str) -> int:
+        """Bytes of tensor `name`, which is of one of DTYPES."""
+        dtypes = {told: dtype for dtype, told in DTYPES.items()}
+        return prod(self.shape(name)) * dtypes[self.dtype(name)].itemsize
+
+    def read(self, name: str, within: tuple[slice, ...] = ()) -> torch.Tensor:
         """Tensor `name`, or what is `within` it, on the CPU, in the dtype that it is stored in.
 
-        Only what is asked for is read from the file.
-        """
-        handle = self._handle(self.file_of(name))
-        return handle[name][within] if isinstance(handle, dict) else handle.get_slice(name)[within]
+        Only what is asked for is read from the file, and nothing of it stays in memory.
 
-    def _handle(self, path: Path) -> object:
+        Args:
+            within: slices of step 1 of the first dimensions.
+
+        Raises:
+            WeightsError: on a dtype that is not of DTYPES, or a file that was cut meanwhile.
+        """
+        return self._opened(self.file_of(name)).read(name, within)
+
+    def _opened(self, path: Path) -> _SafetensorsFile | _PickledFile:
         """The opened file: one at a time, so that a large model passes through little RAM."""
         if self._open is None or self._open[0] != path:
             self._open = None
-            self._open = (path, _open(path))
+            pickled = path.suffix != ".safetensors"
+            self._open = (path, _PickledFile(path) if pickled else _SafetensorsFile(path))
         return self._open[1]
 
 
@@ -218,15 +226,106 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(path: Path) -> object:
-    """A safetensors handle, or a dict of tensors of a pickled file."""
-    if path.suffix == ".safetensors":
+class _SafetensorsFile:
+    """A safetensors file, of which byte ranges are read.
+
+    Not through safetensors' mapping of the file: of a column slice that reads every page of the
+    tensor from the disk, and mapped pages count as this process's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            return safe_open(path, framework="pt", device="cpu")
+            # It checks that header and size of the file fit.
+            with safe_open(path, framework="pt"):
+                pass
+            self._file = path.open("rb", buffering=0)
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path}: truncated or unreadable ({error}); fetch the model again"
             ) from error
+        length = int.from_bytes(self._file.read(8), "little")
+        entries = json.loads(self._file.read(length))
+        # By name, which is how safetensors lays out tensors of one dtype.
+        self._entries = {name: entries[name] for name in sorted(entries) if name != "__metadata__"}
+        self._data = 8 + length
+
+    def names(self) -> Iterable[str]:
+        return self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        return self._entries[name]["dtype"]
+
+    def read(self, name: str, within: tuple[slice, ...]) -> torch.Tensor:
+        shape, stored = self.shape(name), self.dtype(name)
+        dtype = next((dtype for dtype, told in DTYPES.items() if told == stored), None)
+        if dtype is None:
+            raise WeightsError(
+                f"{self.path}: {name} is stored as {stored}; must be one of "
+                f"{', '.join(DTYPES.values())}; fetch the model's weights without quantisation"
+            )
+        within += (slice(None),) * (len(shape) - len(within))
+        bounds = [range(size)[part] for size, part in zip(shape, within, strict=True)]
+        if any(bound.step != 1 for bound in bounds):
+            raise ValueError(f"{name}: within={within}: every step must be 1")
+        tensor = torch.empty([len(bound) for bound in bounds], dtype=dtype)
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        at = self._data + self._entries[name]["data_offsets"][0]
+        done = 0
+        for first, count in _runs(shape, bounds):
+            done = self._fill(target, done, at + first * dtype.itemsize, count * dtype.itemsize)
+        return tensor
+
+    def _fill(self, target: memoryview, done: int, at: int, count: int) -> int:
+        """Read `count` bytes from `at` of the file to `done` of the target; where that ends."""
+        end = done + count
+        while done < end:
+            # One call reads at most 2 GiB.
+            found = os.preadv(self._file.fileno(), [target[done:end]], at)
+            if not found:
+                raise WeightsError(
+                    f"{self.path}: ends at byte {at}, within a tensor; fetch the model again"
+                )
+            done, at = done + found, at + found
+        return end
+
+
+class _PickledFile:
+    """The tensors of a pickled file."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = _unpickle(path)
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return DTYPES.get(self._tensors[name].dtype, str(self._tensors[name].dtype))
+
+    def read(self, name: str, within: tuple[slice, ...]) -> torch.Tensor:
+        return self._tensors[name][within]
+
+
+def _runs(shape: tuple[int, ...], bounds: list[range]) -> Iterator[tuple[int, int]]:
+    """(first element, number of elements) of each run that a block is in the flattened tensor."""
+    # Dimensions that are taken whole make one run with the next one outside them.
+    inner = len(shape) - 1
+    while inner > 0 and len(bounds[inner]) == shape[inner]:
+        inner -= 1
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    count = prod(len(bound) for bound in bounds[inner:])
+    first = tuple(bound.start for bound in bounds[inner:])
+    for outer in itertools.product(*bounds[:inner]):
+        yield sum(i * stride for i, stride in zip(outer + first, strides, strict=True)), count
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
         mapped = zipfile.is_zipfile(path)

@@ -1,8 +1,12 @@
-"""Hugging Face Llama folder -> Megatron tensors in TP=1 form, checked before and proven after."""
+"""Hugging Face Llama folder -> Megatron tensors in TP=1 form, checked before and proven after.
+
+Tensor by tensor: in memory are what is not yet written of one shard, one tensor and its sources.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +25,7 @@ from model.mapping import (
 )
 from model.weights import DTYPES, WeightFolder, write_weights
 from pipeline.manifest import StageContext, StageError
+from pipeline.progress import track_tensors
 from pipeline.schema import DIMENSIONS, Config, ModelSection
 
 INPUTS = ("fetch",)
@@ -49,8 +54,12 @@ def run(context: StageContext) -> dict[str, Any]:
         context.log.info("convert: %s is not part of the mapping: ignored", name)
 
     model.save(context.out / "model.json")
-    counts = write_weights(context.out, converted(weights, model))
-    counts["bit_exact"] = verify(context.out, weights, model)
+    names = megatron_to_hf_names(model)
+    size = sum(weights.nbytes(source) for sources in names.values() for source in sources)
+    tensors = converted(weights, model)
+    tensors = track_tensors(tensors, "convert: written", len(names), size, context.log)
+    counts = write_weights(context.out, tensors)
+    counts["bit_exact"] = verify(context.out, weights, model, context.log)
     context.log.info(
         "convert: %d tensors, %.2f GB; Hugging Face -> Megatron -> Hugging Face is bit-exact",
         counts["bit_exact"],
@@ -137,13 +146,19 @@ def converted(weights: WeightFolder, model: ModelConfig) -> Iterator[tuple[str, 
         yield name, merge(name, [weights.read(source) for source in sources], model)
 
 
-def verify(folder: Path, weights: WeightFolder, model: ModelConfig) -> int:
+def verify(folder: Path, weights: WeightFolder, model: ModelConfig, log: logging.Logger) -> int:
     """Read the written folder back and compare every tensor with its source, bit by bit."""
     written = WeightFolder(folder)
+    names = megatron_to_hf_names(model)
+    stored = ((name, written.read(name)) for name in names)
+    size = sum(map(written.nbytes, names))
     count = 0
-    for name in megatron_to_hf_names(model):
-        for source, tensor in split(name, written.read(name), model).items():
-            if not _same_bits(tensor, weights.read(source)):
+    for name, tensor in track_tensors(stored, "convert: compared", len(names), size, log):
+        parts = split(name, tensor, model)
+        del tensor
+        while parts:
+            source, part = parts.popitem()
+            if not _same_bits(part, weights.read(source)):
                 raise StageError(
                     f"{written.file_of(name)}: {name} read back differs from {source} in "
                     f"{weights.file_of(source)}; check the disk, then run stage=convert again"

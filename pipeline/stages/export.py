@@ -1,7 +1,8 @@
 """export: trained weights to a Hugging Face folder that runs with transformers and torch alone.
 
 The folder holds config.json, safetensors, the tokenizer's files and byte-identical copies of the
-model's own python files, which AutoModelForCausalLM loads with trust_remote_code=True.
+model's own python files, which AutoModelForCausalLM loads with trust_remote_code=True. Weights pass
+tensor by tensor: in memory are what is not yet written of one shard, one tensor and its sources.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from model.mapping import config_from_hf, hf_shapes, split
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from model.weights import HF_INDEX, iterate_weights, write_weights
 from pipeline.manifest import StageContext, StageError
+from pipeline.progress import track_tensors
 from pipeline.schema import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -156,10 +159,14 @@ def _hf_tensors(
     """Megatron tensors as Hugging Face's, one by one; refuses weights that are not whole."""
     missing = hf_shapes(model_config)
     for name, tensor in weights:
-        for hf_name, part in split(name, tensor, model_config).items():
+        parts = split(name, tensor, model_config)
+        # Nothing may outlive its use here: the next tensor is read before this name gets it.
+        del tensor
+        while parts:
+            hf_name = next(iter(parts))
             missing.pop(hf_name, None)
             # Parts of one tensor share its memory, of which a shard would hold more than it counts.
-            yield hf_name, part.to(dtype, copy=True)
+            yield hf_name, parts.pop(hf_name).to(dtype, copy=True)
     if missing:
         raise StageError(
             f"{len(missing)} tensors of the model are absent from its weights, such as "
@@ -184,7 +191,10 @@ def run(context: StageContext) -> dict:
     model_config, weights = _source(context)
     positions = max(model_config.max_positions, config.data.seq_length)
     model_config = replace(model_config, max_positions=positions)
+    shapes = hf_shapes(model_config)
+    size = sum(map(prod, shapes.values())) * dtype.itemsize
     tensors = _hf_tensors(weights, model_config, dtype)
+    tensors = track_tensors(tensors, "export: written", len(shapes), size, context.log)
     counts = write_weights(out, tensors, index=HF_INDEX)
     exported = longgen_config(model_config, fetched)
     exported.architectures = [LongGenForCausalLM.__name__]

@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import pickle
 import resource
 import signal
@@ -9,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from model.mapping import megatron_shape, megatron_to_hf_names
+from model.sharding import fragment_blocks, shard_blocks, shard_shape
 from model.weights import (
     HF_INDEX,
     INDEX,
@@ -18,6 +22,8 @@ from model.weights import (
     read_weight,
     write_weights,
 )
+from tests.memory import read_from_files
+from tests.tiny import tiny_config
 
 
 def tensors(count: int = 5) -> dict[str, torch.Tensor]:
@@ -44,6 +50,7 @@ def test_shards_are_bounded_and_read_back(tmp_path):
     assert torch.equal(read_weight(tmp_path, "layer.3"), given["layer.3"])
     weights = WeightFolder(tmp_path)
     assert weights.shape("layer.1") == (8, 4) and weights.dtype("layer.1") == "BF16"
+    assert weights.nbytes("layer.1") == 64 and weights.nbytes("large") == 800
 
 
 def test_writing_keeps_one_shard_in_memory(tmp_path):
@@ -111,6 +118,64 @@ def test_folders_that_cannot_be_read(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"layer.0": "b.safetensors"}}))
     with pytest.raises(WeightsError, match=r"no tensor layer\.7.*layer\.0"):
         read_weight(tmp_path, "layer.7")
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (3, 1, 2), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_block_is_read_as_torch_slices_it(tmp_path, shape, dtype):
+    count = torch.Size(shape).numel()
+    whole = torch.arange(float(count)).reshape(shape).to(dtype)
+    save_file({"before": torch.ones(3), "whole": whole}, tmp_path / "a.safetensors")
+    weights = WeightFolder(tmp_path)
+    ranges = [[slice(a, b) for a in range(n + 1) for b in range(a, n + 1)] for n in shape]
+    for within in itertools.product(*ranges):
+        assert torch.equal(weights.read("whole", within), whole[within]), within
+    assert torch.equal(weights.read("whole"), whole)
+    assert torch.equal(weights.read("whole", (slice(None),) * len(shape[:1])), whole)
+
+
+def test_each_rank_reads_its_slice_and_no_more(tmp_path):
+    """Four ranks of tensor parallelism, each with four fragments: together, the model once."""
+    config = tiny_config(kv_heads=4, hidden_size=256, ffn_hidden_size=512, is_full=(True,))
+    whole = {
+        name: torch.randn(megatron_shape(name, config), dtype=torch.bfloat16)
+        for name in megatron_to_hf_names(config)
+    }
+    write_weights(tmp_path, whole.items())
+    weights = WeightFolder(tmp_path)
+    before = read_from_files()
+    # What it costs to ask.
+    asking = read_from_files() - before
+    for name, tensor in whole.items():
+        copies = 4 if "norm" in name else 1
+        total = 0
+        for rank in range(4):
+            blocks = shard_blocks(name, config, rank, 4)
+            size = torch.Size(shard_shape(name, config, 4)).numel()
+            for first in range(0, size, -(-size // 4)):
+                for block in fragment_blocks(blocks, first, min(size, first + -(-size // 4))):
+                    ends = (a + b for a, b in zip(block.offsets, block.sizes, strict=True))
+                    within = tuple(map(slice, block.offsets, ends))
+                    before = read_from_files()
+                    found = weights.read(name, within)
+                    total += read_from_files() - before - asking
+                    assert torch.equal(found, tensor[within])
+        # The digits of the counter that is read grow by a few.
+        assert abs(total - copies * tensor.nbytes) < 500, name
+
+
+def test_what_cannot_be_read_from_a_file(tmp_path):
+    save_file(tensors(1) | {"whole": torch.ones(9, dtype=torch.int8)}, tmp_path / "a.safetensors")
+    weights = WeightFolder(tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"a\.safetensors: whole is stored as I8; must be one of"
+    ):
+        weights.read("whole")
+    with pytest.raises(ValueError, match=r"layer\.0: within=.*every step must be 1"):
+        weights.read("layer.0", (slice(0, 4, 2),))
+    os.truncate(tmp_path / "a.safetensors", 200)
+    with pytest.raises(WeightsError, match=r"a\.safetensors: ends at byte 200, within a tensor"):
+        weights.read("layer.0")
 
 
 class Payload:

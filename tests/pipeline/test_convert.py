@@ -220,13 +220,13 @@ def test_verification_finds_one_changed_bit(context, source):
     convert.run(context)
     config = ModelConfig.load(context.out / "model.json")
     weights = WeightFolder(source)
-    assert convert.verify(context.out, weights, config) == 30
+    assert convert.verify(context.out, weights, config, context.log) == 30
     path = context.out / "weights-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(StageError, match="read back differs from"):
-        convert.verify(context.out, weights, config)
+        convert.verify(context.out, weights, config, context.log)
 
 
 def test_depends_on_the_shape_and_not_on_the_source(context):
