@@ -120,7 +120,8 @@ def run(context: StageContext) -> dict[str, Any]:
     if start:
         log.info("continuing from step %d", start.step)
     elif train.weights_from:
-        fill_masters(engine, shape, layout, weights_reader(Path(train.weights_from), shape))
+        read = weights_reader(Path(train.weights_from), shape, layout.host_group)
+        fill_masters(engine, shape, layout, read)
     else:
         fill_masters(engine, shape, layout, weights.read)
     rows = PackedRows(context.folder("data_prep") / "train")

@@ -173,23 +173,11 @@ class Checkpointer:
         Raises:
             StageError: where there are checkpoints, and none is whole.
         """
-        group = self.layout.host_group
-        names = [[path.name for path in candidates(self.folder)]]
-        dist.broadcast_object_list(names, src=0, group=group)
+        found = _newest_whole(self.folder, self.layout.host_group)
         if self.layout.rank == 0:
             for left in self.folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for name in names[0]:
-            found: list[list[str]] = [[]] * group.size()
-            mine = list(faults(self.folder / name, group.rank(), group.size()))
-            dist.all_gather_object(found, mine, group=group)
-            wrong = [fault for each in found for fault in each]
-            if not wrong:
-                return self._restore(self.folder / name)
-            _say_damaged(self.folder / name, wrong)
-        if names[0]:
-            raise _all_damaged(self.folder)
-        return None
+        return None if found is None else self._restore(found)
 
     @torch.no_grad()
     def _restore(self, checkpoint: Path) -> Progress:
@@ -354,22 +342,45 @@ def _all_damaged(folder: Path) -> StageError:
     )
 
 
-def newest(finetune: Path) -> Path:
-    """The newest whole checkpoint of a finetune folder, for a reader alone.
+def _newest_whole(folder: Path, group: dist.ProcessGroup | None) -> Path | None:
+    """The newest checkpoint in `folder` whose checksums match; None where there is none at all.
+
+    The ranks of `group`, which all call it, share the reading; without a group one process reads.
+
+    Raises:
+        StageError: where there are checkpoints, and none is whole.
+    """
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    names = [[path.name for path in candidates(folder)]]
+    if group is not None:
+        dist.broadcast_object_list(names, src=0, group=group)
+    for name in names[0]:
+        found = [list(faults(folder / name, rank, size))]
+        if group is not None:
+            mine, found = found[0], [[]] * size
+            dist.all_gather_object(found, mine, group=group)
+        wrong = [fault for each in found for fault in each]
+        if not wrong:
+            return folder / name
+        _say_damaged(folder / name, wrong)
+    if names[0]:
+        raise _all_damaged(folder)
+    return None
+
+
+def newest(finetune: Path, group: dist.ProcessGroup | None = None) -> Path:
+    """The newest whole checkpoint of a finetune folder, for readers alone.
+
+    Args:
+        group: ranks that all call it, and share the reading.
 
     Raises:
         StageError: where there is none.
     """
-    folder = finetune / "checkpoints"
-    found = candidates(folder)
-    if not found:
+    found = _newest_whole(finetune / "checkpoints", group)
+    if found is None:
         raise StageError(f"{finetune}: holds no checkpoint; run stage=finetune first")
-    for checkpoint in found:
-        wrong = list(faults(checkpoint))
-        if not wrong:
-            return checkpoint
-        _say_damaged(checkpoint, wrong)
-    raise _all_damaged(folder)
+    return found
 
 
 def read_weights(finetune: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -384,14 +395,17 @@ def read_weights(finetune: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def weights_reader(
-    finetune: Path, config: ModelConfig
+    finetune: Path, config: ModelConfig, group: dist.ProcessGroup | None = None
 ) -> Callable[[str, tuple[slice, ...]], torch.Tensor]:
     """What `fill_masters` reads another run's newest weights with, block by block.
+
+    Args:
+        group: ranks that all call it, and share the search for the newest.
 
     Raises:
         StageError: where they are another model's.
     """
-    checkpoint = newest(finetune)
+    checkpoint = newest(finetune, group)
     shapes = stored_shapes(checkpoint)
     for name in megatron_to_hf_names(config):
         stored, wanted = shapes.get(f"master.{name}"), megatron_shape(name, config)
