@@ -109,13 +109,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: torch.Tensor, layer: HybridLayer, row: Row) -> torch.Tensor:
         core, kept = layer.self_attention.core_attention, layer.memory.kept
-        out_TNH, lse_NT = core.attend_with_lse(*layer.query_key_value(h, row), row.cu_seqlens)
-        x, h1 = layer.before_mlp(out_TNH, h)
         ctx.layer, ctx.row = layer, row
+        # As early as may be: a copy to the host runs beside what follows.
         ctx.tickets = [kept.put(h.detach())]
+        out_TNH, lse_NT = core.attend_with_lse(*layer.query_key_value(h, row), row.cu_seqlens)
         if layer.memory.recompute == "attention":
             ctx.tickets.append(kept.put(out_TNH))
             ctx.lse_NT = lse_NT
+        x, h1 = layer.before_mlp(out_TNH, h)
         for tile in layer.tiles(x):
             h1[tile] += layer.feed_forward(x[tile])
         return h1
