@@ -50,7 +50,7 @@ def lines_of(path):
 
 def results(folder):
     """metrics.jsonl without what is measured with a clock."""
-    clocks = ("seconds", "tokens_per_second", "mfu", "memory_bytes")
+    clocks = ("seconds", "tokens_per_second", "mfu", "memory_bytes", "data_wait")
     return [
         {key: value for key, value in line.items() if key not in clocks}
         for line in lines_of(folder / "finetune/metrics.jsonl")

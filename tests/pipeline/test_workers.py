@@ -263,7 +263,8 @@ def test_stopped_while_workers_start(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_dies_while_others_save_is_told(tmp_path):
-    thread = after(tmp_path, ["ready_0"], signal.SIGTERM)
+    # Rank 1 is the last to listen; a signal before that would end it otherwise.
+    thread = after(tmp_path, ["ready_1"], signal.SIGTERM)
     dies = "if rank: os.kill(os.getpid(), 9)\nelse: time.sleep(60)\n"
     error = ended(tmp_path, SAVES.replace("time.sleep(float", f"{dies}time.sleep(float"), 0)
     thread.join()
