@@ -218,8 +218,9 @@ def choose(
 
 
 @cache
-def _say_once(backend: str, device: str) -> None:
-    log.info("full layers on %s run by %s", device, backend)
+def _say_once(backend: str, device: str, passed: tuple[tuple[str, str], ...]) -> None:
+    over = "; ".join(f"{name} {reason}" for name, reason in passed)
+    log.info("full layers on %s run by %s%s", device, backend, f" ({over})" if over else "")
 
 
 def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:
@@ -238,8 +239,9 @@ def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:
 def _chosen(q_TNH: torch.Tensor, bounds: tuple[int, ...], name: str | None) -> DenseBackend:
     if name is not None:
         return _named(name, q_TNH)
-    chosen, _ = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
-    _say_once(chosen.name, q_TNH.device.type)
+    chosen, passed = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
+    # On a CPU there is nothing to miss.
+    _say_once(chosen.name, q_TNH.device.type, tuple(passed.items()) if q_TNH.is_cuda else ())
     return chosen
 
 

@@ -18,7 +18,7 @@ from .hopper_backward import hopper_bwd_window_kernel
 from .hopper_far_dkv import hopper_bwd_far_dkv_kernel
 from .hopper_far_dq import hopper_bwd_far_dq_kernel
 from .hopper_forward import hopper_fwd_kernel
-from .triton_attention import far_slot_tiles, pattern_arguments, row_delta
+from .triton_attention import far_slot_tiles, far_splits, pattern_arguments, row_delta
 
 HEAD_DIMS = (64, 128)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -31,8 +31,6 @@ FORWARD_STAGES = {64: 4, 128: 2}
 BACKWARD_STAGES = 2
 FAR_DQ_STAGES = {64: 4, 128: 3}
 FAR_DKV_STAGES = {64: 8, 128: 5}
-# Programs among which the far queries are split, and the fewest queries of one.
-FAR_PROGRAMS, FAR_QUERIES = 1024, 1024
 # Kept clear of the ends of 32 bits, whatever is added.
 MOST = 2**30
 
@@ -203,8 +201,7 @@ def _far_key_parts(tensors: dict, call: Call) -> tuple[dict, int]:
     ratio = heads // kv_heads
     slot_tiles = far_slot_tiles(call.pattern, call.bounds, TILE)
     tiles = slot_tiles[-1]
-    splits = min(FAR_PROGRAMS // max(1, tiles * heads), triton.cdiv(tokens, FAR_QUERIES))
-    splits = max(1, splits)
+    splits = far_splits(tiles, heads, tokens)
     shape = kv_heads, splits * ratio, tiles * TILE, 2, head_dim
     far = {
         "partial_ptr": q.new_empty(shape, dtype=torch.float32),

@@ -33,9 +33,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_names import async_add, async_load, async_load_elements, async_store, store_wait
 from .hopper_items import draw_item, drawn_item
+from .hopper_walk import PANEL
 from .hopper_window import DIAGONAL, KEYS, QUERIES, item_place, query_tiles, walk_part
-
-PANEL = gl.constexpr(64)
 
 
 @gluon.jit

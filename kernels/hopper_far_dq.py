@@ -25,7 +25,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_names import async_load, async_store, reinterpret, store_wait
 from .hopper_walk import (
+    CONSUMERS,
     HALF,
+    LOG2E,
+    NOT_SPECIALIZED,
+    PANEL,
+    ROWS,
+    TILE,
     document_of,
     far_limit,
     first_strided,
@@ -33,20 +39,6 @@ from .hopper_walk import (
     program_item,
     program_turns,
     special_place,
-)
-
-ROWS = gl.constexpr(64)
-PANEL = gl.constexpr(64)
-CONSUMERS = gl.constexpr(2)
-TILE = gl.constexpr(128)
-LOG2E = gl.constexpr(1.4426950408889634)
-NOT_SPECIALIZED = (
-    "documents",
-    "search_steps",
-    "tokens",
-    "ratio",
-    "first_kv_head",
-    "total_kv_heads",
 )
 
 

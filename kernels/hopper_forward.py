@@ -29,7 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_names import async_load, async_store, store_wait
 from .hopper_walk import (
+    CONSUMERS,
     HALF,
+    PANEL,
+    ROWS,
+    TILE,
     document_of,
     first_strided,
     head_phase,
@@ -37,11 +41,6 @@ from .hopper_walk import (
     program_turns,
     special_place,
 )
-
-ROWS = gl.constexpr(64)
-PANEL = gl.constexpr(64)
-CONSUMERS = gl.constexpr(2)
-TILE_ROWS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -61,8 +60,8 @@ def _walk(n, row_tiles, call, PATTERN: gl.constexpr):
     item = program_item(n)
     head = item // row_tiles
     kv_head = head // ratio
-    first_row = item % row_tiles * TILE_ROWS
-    stop_row = gl.minimum(first_row + TILE_ROWS, tokens)
+    first_row = item % row_tiles * TILE
+    stop_row = gl.minimum(first_row + TILE, tokens)
     search = (documents, search_steps)
     first_start = gl.load(cu_seqlens + document_of(cu_seqlens, *search, first_row))
     last_start = gl.load(cu_seqlens + document_of(cu_seqlens, *search, stop_row - 1))

@@ -11,6 +11,21 @@ from triton.experimental.gluon import language as gl
 
 # Special keys (sink tokens, strided blocks) come in runs of this many.
 HALF = gl.constexpr(64)
+# Rows of a consumer warpgroup, columns of a buffer, consumers, and rows of them all.
+ROWS = gl.constexpr(64)
+PANEL = gl.constexpr(64)
+CONSUMERS = gl.constexpr(2)
+TILE = gl.constexpr(128)
+LOG2E = gl.constexpr(1.4426950408889634)
+# What may change from call to call without being compiled for.
+NOT_SPECIALIZED = (
+    "documents",
+    "search_steps",
+    "tokens",
+    "ratio",
+    "first_kv_head",
+    "total_kv_heads",
+)
 
 
 @gluon.jit

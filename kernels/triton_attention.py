@@ -76,6 +76,12 @@ def far_slot_tiles(pattern: Pattern, bounds: tuple[int, ...], tile: int) -> tupl
     return (0, *np.cumsum(-(-special // tile)).tolist())
 
 
+def far_splits(tiles: int, heads: int, tokens: int) -> int:
+    """Parts that the far queries of that many tiles of special keys are cut into."""
+    wanted = FAR_PROGRAMS // max(1, tiles * heads)
+    return max(1, min(wanted, triton.cdiv(tokens, FAR_QUERIES)))
+
+
 def supports(q_TNH: torch.Tensor, call: Call) -> str | None:
     """None, or why this path cannot run the call, with the remedy."""
     if q_TNH.device.type != "cuda" and not INTERPRETED:
@@ -231,8 +237,7 @@ def far_key_parts(common: dict, call: Call) -> tuple[dict, int, int]:
     slot_tiles = far_slot_tiles(call.pattern, call.bounds, size["TILE_K"])
     far_tiles = slot_tiles[-1]
     slots = far_tiles * size["TILE_K"]
-    splits = min(FAR_PROGRAMS // max(1, far_tiles * heads), triton.cdiv(tokens, FAR_QUERIES))
-    splits = max(1, splits)
+    splits = far_splits(far_tiles, heads, tokens)
     far = {
         "partial_ptr": q.new_empty(
             kv_heads, splits * ratio, slots, 2, head_dim, dtype=torch.float32

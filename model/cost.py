@@ -32,12 +32,11 @@ def training_flops(config: ModelConfig, document_lengths: Sequence[int]) -> floa
     """
     tokens = sum(document_lengths)
     flops = 6.0 * matrix_parameters(config) * tokens
-    per_pair = 12.0 * config.head_dim * (config.num_heads // config.num_kv_heads)
-    pairs = {
-        kind: config.pattern_of(layer).pairs(document_lengths, config.num_kv_heads)
+    attention = {
+        kind: 3.0 * attention_flops(config, layer, document_lengths)
         for kind, layer in {k: i for i, k in enumerate(config.is_full)}.items()
     }
-    return flops + per_pair * sum(pairs[kind] for kind in config.is_full)
+    return flops + sum(attention[kind] for kind in config.is_full)
 
 
 def attention_flops(config: ModelConfig, layer: int, document_lengths: Sequence[int]) -> float:

@@ -18,8 +18,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from .fused import split_and_rotate, swiglu
 from .kept import KeptTensors
 
-RECOMPUTE = ("none", "attention", "full")
-
 
 @dataclass
 class LayerMemory:
@@ -48,7 +46,8 @@ class Row:
 class HybridLayer(TransformerLayer):
     """h1 = h + attention(norm(h)), then h1 + MLP(norm(h1)), recomputed as `memory` says."""
 
-    memory: LayerMemory = LayerMemory()
+    # Set by the model, the same for all its layers.
+    memory: LayerMemory
 
     def forward(
         self, hidden_states: torch.Tensor, *args, rotary_pos_emb, packed_seq_params, **unused

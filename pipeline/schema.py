@@ -151,6 +151,10 @@ class ParallelSection:
     restarts: int = 3
 
 
+# What train.recompute may be, from keeping most to keeping least.
+RECOMPUTE = ("none", "attention", "full")
+
+
 @dataclass
 class TrainSection:
     """conf/train: optimisation. Sizes in rows of data.seq_length tokens.

@@ -15,7 +15,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
 from pipeline.planning.rates import GPUS
-from pipeline.schema import DIMENSIONS, Config, KernelCase, TrainCase
+from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, TrainCase
 
 STAGES = (
     "fetch",
@@ -220,7 +220,7 @@ def _check_train(config: Config) -> None:
         _refuse("train.lr", train.lr, "must be finite", "set train.lr")
     _choice(config, "train.lr_schedule", ("constant", "cosine"))
     _choice(config, "train.precision", ("bf16", "fp32"))
-    _choice(config, "train.recompute", ("none", "attention", "full"))
+    _choice(config, "train.recompute", RECOMPUTE)
     for key in ("mlp_tile", "profile_step"):
         _at_least(config, f"train.{key}", 1)
     if train.recompute == "none":

@@ -11,27 +11,13 @@ import numpy as np
 import torch
 
 from model.cost import parameters
+from pipeline.benchmarks.train_rows import RandomRows
 from pipeline.manifest import StageContext
 from pipeline.schema import section_shape
 from pipeline.stages.finetune import hybrid_config
 from pipeline.training.layout import Layout
 
 WARM_UP = 3
-
-
-class RandomRows:
-    """Packed rows of random tokens, two documents each: always the same lengths, lest some backend
-    compiles while the clock runs."""
-
-    def __init__(self, length: int, vocab: int) -> None:
-        self.length, self.vocab = length, vocab
-
-    def __len__(self) -> int:
-        return 1024
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
-        tokens = np.random.default_rng(index).integers(0, self.vocab, self.length)
-        return tokens, np.array([self.length // 4, self.length - self.length // 4]), 0
 
 
 def measure(context: StageContext) -> tuple[dict[str, Any], int]:
@@ -55,7 +41,9 @@ def measure(context: StageContext) -> tuple[dict[str, Any], int]:
         return torch.randn(size, generator=generator, device=layout.device) * 0.02
 
     fill_masters(engine, shape, layout, random_block)
-    rows = RandomRows(config.data.seq_length, shape.vocab_size)
+    length = config.data.seq_length
+    lengths = np.array([length // 4, length - length // 4])
+    rows = RandomRows(lengths, shape.vocab_size, train.seed)
     loader = Loader.of(rows, train, layout)
     savers = {
         background: Checkpointer(engine, shape, layout, folder, keep_last=1, background=background)

@@ -9,7 +9,7 @@ from itertools import product
 from model.config import ModelConfig
 from pipeline.planning.memory import MemoryPlan, memory_plan
 from pipeline.planning.time import time_plan
-from pipeline.schema import Config
+from pipeline.schema import RECOMPUTE, Config
 
 # Tokens of the MLP's tile that are tried, and GPUs on one node at most.
 MLP_TILE = 8192
@@ -63,9 +63,8 @@ def _options(config: Config) -> list[list[Changes]]:
     def one(key: str, *values: object) -> list[Changes]:
         return [nothing, *(frozenset({(key, value)}) for value in values)]
 
-    modes = ("none", "attention", "full")
     return [
-        one("train.recompute", *modes[modes.index(train.recompute) + 1 :]),
+        one("train.recompute", *RECOMPUTE[RECOMPUTE.index(train.recompute) + 1 :]),
         one("train.offload_activations", *([] if train.offload_activations else [True])),
         one("train.mlp_tile", *([MLP_TILE] if train.mlp_tile is None else [])),
         one("parallel.zero_stage", *range(parallel.zero_stage + 1, 4)),

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -261,3 +262,14 @@ def test_refusals(machine):
     for wrong in ([0, 9], [1, 10], [0], [0, 7, 3, 10]):
         with pytest.raises(ValueError, match="must ascend from 0 to the 10 tokens"):
             dense_attention(q, k, v, wrong)
+
+
+def test_what_is_passed_over_on_a_gpu_is_said(machine, caplog):
+    machine((9, 0))
+    dense._say_once.cache_clear()
+    q = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(10, 4, 128), is_cuda=True)
+    with caplog.at_level(logging.INFO, "longgen.kernels"):
+        assert dense._chosen(q, (0, 10), None).name == "cudnn"
+    (said,) = (record.message for record in caplog.records)
+    assert said.startswith("full layers on cuda run by cudnn (flash_attn_4 needs flash_attn.cute")
+    assert "flash_attn_3 needs flash_attn_interface" in said
