@@ -145,10 +145,11 @@ def cudnn_document_backward(d_out, q, k, v, out, lse, scale) -> Gradients:
         return _repeated(sdpa_document, d_out, q, k, v, scale)
     # Nothing is dropped out: seed and offset are not looked at.
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    none = q.new_empty(0)
+    # No bias and no nested tensors.
+    absent = (None, None, None)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(x[None] for x in (d_out, q, k, v, out)),
-        *(lse[None, ..., None], seed, seed, none, none, none, length, length, 0.0, True),
+        *(lse[None, ..., None], seed, seed, *absent, length, length, 0.0, True),
         scale=scale,
     )
     return tuple(x[0] for x in found)

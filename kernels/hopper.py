@@ -29,6 +29,9 @@ BOX = 64
 TILE = 128
 FORWARD_STAGES = {64: 4, 128: 2}
 BACKWARD_STAGES = 2
+# Query heads whose tiles of keys the backward walks side by side: with fewer, tiles wait for turns
+# at dQ, with more, what they share falls out of the L2 cache.
+HEADS_AT_ONCE = 4
 FAR_DQ_STAGES = {64: 4, 128: 3}
 FAR_DKV_STAGES = {64: 8, 128: 5}
 # Kept clear of the ends of 32 bits, whatever is added.
@@ -182,6 +185,7 @@ def _window_gradients(tensors: dict, call: Call) -> tuple[torch.Tensor, torch.Te
         dk_stride_t=kv_heads * head_dim,
         key_tiles=key_tiles,
         items=items,
+        at_once=max(1, HEADS_AT_ONCE // (heads // kv_heads)),
         WINDOW=min(call.pattern.window, MOST),
         STAGES=BACKWARD_STAGES,
         num_warps=4,
@@ -222,11 +226,13 @@ def _far_key_parts(tensors: dict, call: Call) -> tuple[dict, int]:
     return far, boxes * tiles
 
 
-def _whole_dq(near_TNH: torch.Tensor, tensors: dict, call: Call) -> torch.Tensor:
+def _whole_dq(near_TNH: torch.Tensor, any_far: bool, tensors: dict, call: Call) -> torch.Tensor:
     """dq [T, N, H]: the window's part and the far special keys'."""
     q = tensors["q"]
     tokens, heads, head_dim = q.shape
     dq = q.new_empty(q.shape)
+    if not any_far:
+        return torch.mul(near_TNH, call.scale, out=dq)
     row_tiles = triton.cdiv(tokens, TILE)
     items = row_tiles * heads
     hopper_bwd_far_dq_kernel[(min(items, _multiprocessors(q.device)),)](
@@ -262,4 +268,4 @@ def backward(
         far, tiles = _far_key_parts(tensors, call)
         if tiles:
             add_far_keys(dk, dv, far, tiles, BOX, call)
-        return _whole_dq(near, tensors, call), dk, dv
+        return _whole_dq(near, tiles > 0, tensors, call), dk, dv

@@ -15,7 +15,7 @@ hopper_far_dkv.
 Shapes: T packed tokens, N query heads, G KV heads, R = N / G, H head dim. `call` is the documents'
 bounds on the device, their number, the steps of a bisection among them, and T; `work` the
 counter that items (tiles of keys, of a KV head) are drawn from, the tiles of a head, all of them
-(items), and R.
+(items), R, and how many KV heads are walked at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _produce(
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
         barriers[1:]
     )
-    ticket_ptr, key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio, at_once = work
     tokens = call[3]
     STAGES: gl.constexpr = lse_bufs.type.shape[0]
     D: gl.constexpr = PANELS * PANEL
@@ -76,7 +76,7 @@ def _produce(
     n = 0
     item = draw_item(n, ticket_ptr, barriers[0], bufs[0])
     while item < items:
-        tile, kv_head = item_place(item, key_tiles)
+        tile, kv_head = item_place(item, work)
         first_key = tile * KEYS
         tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         mbarrier.wait(kv_empty, (n & 1) ^ 1)
@@ -159,7 +159,7 @@ def _consume(
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
         barriers[1:]
     )
-    ticket_ptr, key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio, at_once = work
     cu_seqlens, documents, search_steps, tokens = call
     STAGES: gl.constexpr = lse_bufs.type.shape[0]
     D: gl.constexpr = PANELS * PANEL
@@ -174,7 +174,7 @@ def _consume(
     n = 0
     item = drawn_item(n, barriers[0], bufs[0], 4)
     while item < items:
-        tile, kv_head = item_place(item, key_tiles)
+        tile, kv_head = item_place(item, work)
         first_key = tile * KEYS
         tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         dk0 = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
@@ -278,14 +278,14 @@ def _write(
     q_ready, q_empty, row_ready, kv_ready, kv_empty, ds_ready, ds_empty, dq_ready, dq_empty = (
         barriers[1:]
     )
-    ticket_ptr, key_tiles, items, ratio = work
+    ticket_ptr, key_tiles, items, ratio, at_once = work
     D: gl.constexpr = PANELS * PANEL
     it = 0
     last_at = turn_ptr
     n = 0
     item = drawn_item(n, barriers[0], bufs[0], 1)
     while item < items:
-        tile, kv_head = item_place(item, key_tiles)
+        tile, kv_head = item_place(item, work)
         first_key = tile * KEYS
         tiles, whole, stop_whole = query_tiles(first_key, call, WINDOW)
         steps = 0
@@ -326,7 +326,9 @@ def _write(
         item = drawn_item(n, barriers[0], bufs[0], 1)
 
 
-@gluon.jit(do_not_specialize=["documents", "search_steps", "tokens", "key_tiles", "items"])
+@gluon.jit(
+    do_not_specialize=["documents", "search_steps", "tokens", "key_tiles", "items", "at_once"]
+)
 def hopper_bwd_window_kernel(
     q_desc,
     d_out_desc,
@@ -347,6 +349,7 @@ def hopper_bwd_window_kernel(
     dk_stride_t,
     key_tiles,
     items,
+    at_once,
     ratio,
     scale,
     HEAD_DIM: gl.constexpr,
@@ -424,7 +427,7 @@ def hopper_bwd_window_kernel(
         dq_empty,
     )
     call = (cu_seqlens, documents, search_steps, tokens)
-    work = (ticket_ptr, key_tiles, items, ratio)
+    work = (ticket_ptr, key_tiles, items, ratio, at_once)
     descs = (q_desc, d_out_desc, k_desc, v_desc)
     rows = (lse_ptr, delta_ptr, lowest_ptr)
     gl.warp_specialize(

@@ -18,9 +18,18 @@ DIAGONAL = gl.constexpr(2)
 
 
 @gluon.jit
-def item_place(item, key_tiles):
-    """(tile of keys, KV head) of an item: the last tile of a head first."""
-    return key_tiles - 1 - item % key_tiles, item // key_tiles
+def item_place(item, work):
+    """(tile of keys, KV head) of an item.
+
+    KV heads come `at_once` together, the last tile of each of them first: a tile of keys then
+    begins some time after the next tile of its head, and finds that its turns at dQ have come.
+    """
+    ticket_ptr, key_tiles, items, ratio, at_once = work
+    group = item // (key_tiles * at_once)
+    first_head = group * at_once
+    heads = gl.minimum(at_once, items // key_tiles - first_head)
+    place = item - first_head * key_tiles
+    return key_tiles - 1 - place // heads, first_head + place % heads
 
 
 @gluon.jit

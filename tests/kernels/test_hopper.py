@@ -35,7 +35,7 @@ DOCUMENTS = {
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 128), (9, 3, 64), (8, 1, 128)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 6, 128), (9, 3, 64), (8, 1, 128)])
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_matches_reference(name, documents, heads, kv_heads, head_dim, dtype):
