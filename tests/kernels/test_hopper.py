@@ -170,3 +170,13 @@ def test_compiles_for_hopper():
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.split() == [f"hopper_{name}_kernel" for name in KERNELS]
+
+
+def test_short_walks_take_more_heads_at_once():
+    def at_once(bounds, ratio=1):
+        return hopper._heads_at_once(Call(PATTERNS["sinks"], bounds, 0, 8, 0.1), ratio, 132)
+
+    one, many = (0, 65_536), tuple(range(0, 65_537, 128))
+    assert 1 < at_once(one) < at_once(many)
+    assert at_once(one, ratio=8) < at_once(one)
+    assert at_once((0, 2**20), ratio=64) == 1
