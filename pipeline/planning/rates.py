@@ -48,12 +48,12 @@ class Gpu:
 CSV = "docs/results/kernels_h100.csv, 128K, 32 heads of 128"
 # FLOP/s of one H100; the first three lines are dense_flash_attn_4 and longgen_hopper.
 ATTENTION_H100 = {
-    ("full", "forward"): Rate(656.8e12, f"{CSV}, dense_flash_attn_4", True),
-    ("full", "backward"): Rate(620.0e12, f"{CSV}, dense_flash_attn_4", True),
-    ("sparse", "forward"): Rate(502.9e12, f"{CSV}, longgen_hopper, sink 64 + window 2048", True),
-    ("sparse", "backward"): Rate(331.1e12, f"{CSV}, longgen_hopper, sink 64 + window 2048", True),
-    ("strided", "forward"): Rate(462.8e12, f"{CSV}, longgen_hopper, stride 64 per head", True),
-    ("strided", "backward"): Rate(348.2e12, f"{CSV}, longgen_hopper, stride 64 per head", True),
+    ("full", "forward"): Rate(664.9e12, f"{CSV}, dense_flash_attn_4", True),
+    ("full", "backward"): Rate(629.5e12, f"{CSV}, dense_flash_attn_4", True),
+    ("sparse", "forward"): Rate(527.1e12, f"{CSV}, longgen_hopper, sink 64 + window 2048", True),
+    ("sparse", "backward"): Rate(393.0e12, f"{CSV}, longgen_hopper, sink 64 + window 2048", True),
+    ("strided", "forward"): Rate(479.6e12, f"{CSV}, longgen_hopper, stride 64 per head", True),
+    ("strided", "backward"): Rate(389.4e12, f"{CSV}, longgen_hopper, stride 64 per head", True),
 }
 # Of the file's peak_mib: 6,176 (flash_attn_4) and 5,264 (longgen_hopper) with dq, dk and dv, of
 # 1,024 MiB each, as large as q is.

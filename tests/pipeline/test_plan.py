@@ -163,11 +163,11 @@ def test_documents_fill_a_row():
 def test_a_step_takes_what_its_parts_need():
     hybrid = time_of(*ONE_GPU)
     full = time_of(*ONE_GPU, "schedule.full=all", "schedule.count=null")
-    # 12 * 128 per pair, 32 heads, 32 layers of half a square; 2 of 12 forward, at 656.8 TFLOP/s.
+    # 12 * 128 per pair, 32 heads, 32 layers of half a square; 2 of 12 forward.
     pairs = 131072 * 131073 / 2
-    forward = 4 * 128 * 32 * 32 * pairs / 656.8e12
+    forward = 4 * 128 * 32 * 32 * pairs / rates.ATTENTION_H100["full", "forward"].value
     assert full.parts["attention, forward"] == pytest.approx(forward, rel=1e-6)
-    backward = 10 * 128 * 32 * 32 * pairs / 620.0e12
+    backward = 10 * 128 * 32 * 32 * pairs / rates.ATTENTION_H100["full", "backward"].value
     assert full.parts["attention, backward"] == pytest.approx(backward, rel=1e-6)
     products = 6 * 6.607e9 * 131072 / 675e12
     assert hybrid.parts["matrix products"] == pytest.approx(products, rel=1e-3)
