@@ -136,6 +136,7 @@ class _Recomputed(torch.autograd.Function):
         gradients = core.gradients(
             d_out_TNH, *(x.detach() for x in heads), out_TNH, lse_NT, row.cu_seqlens
         )
+        del d_out_TNH, out_TNH, lse_NT
         torch.autograd.backward(heads, gradients)
         return h.grad.add_(d_residual), None, None
 

@@ -44,6 +44,38 @@ def test_a_checkpoints_cost_is_as_measured():
     assert re.search(r"model of ([\d.]+) billion", text)[1] == f"{measured['parameters'] / 1e9:.2f}"
 
 
+def test_training_speed_is_as_measured():
+    with (RESULTS / "train_step_h200.csv").open() as file:
+        rows = {(row["arm"], row["length"]): row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/memory.md").read_text()
+    table = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| ([\d,]*) ?\| ([\d.]*) ?\|", page, re.M)
+    assert len(table) == len([key for key in rows if key[0] == "hybrid"])
+    told = re.search(r"at ([\d,]+) tokens/s on one H200, ([\d.]+) times as fast", README)
+    for length, *speeds, ratio in [*table, ("131,072", told[1], "3,560", told[2])]:
+        length = length.replace(",", "")
+        for arm, speed in zip(("hybrid", "full"), speeds, strict=True):
+            measured = rows.get((arm, length), {}).get("tokens_per_second_per_gpu")
+            assert speed == (f"{float(measured):,.0f}" if measured else "")
+        measured = rows["hybrid", length]["hybrid_over_full"]
+        assert ratio == (f"{float(measured):.2f}" if measured else "")
+    steps = re.search(r"takes ([\d.]+) s \(([\d.]+)% MFU\) and ([\d.]+) s \(([\d.]+)%\)", page)
+    for arm, seconds, share in (("hybrid", *steps.groups()[:2]), ("full", *steps.groups()[2:])):
+        row = rows[arm, "131072"]
+        assert seconds == f"{float(row['step_seconds']):.1f}"
+        assert share == f"{100 * float(row['mfu']):.1f}"
+
+
+def test_the_plans_errors_are_as_measured():
+    with (RESULTS / "plan_against_measured.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    page = " ".join((ROOT / "docs/memory.md").read_text().split())
+    memory = re.search(r"GPU memory ([\d.]+)% to ([\d.]+)% more", page)
+    times = re.search(r"step times ([\d.]+)% to ([\d.]+)% less", page)
+    for told, column, sign in ((memory, "gpu_error", 100), (times, "step_error", -100)):
+        errors = [sign * float(row[column]) for row in rows]
+        assert (float(told[1]), float(told[2])) == (round(min(errors), 1), round(max(errors), 1))
+
+
 def test_kv_bytes_are_the_patterns():
     """The measured cache is what the pattern's definition says, to the byte."""
     with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:

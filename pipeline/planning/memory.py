@@ -115,9 +115,12 @@ BACKWARD = {
         *("d_h", "d_h1", "again", "out", "normed", "whole qkv or qkv", "whole qkv or qkv"),
         "workspace",
     ),
+    "RoPE": (
+        *("d_h", "d_h1", "normed", "whole qkv or qkv", "whole qkv or qkv", "own qkv", "mixed"),
+    ),
     "QKV": (
-        *("d_h", "d_h1", "again", "out", "normed", "gathered", "whole qkv or qkv"),
-        *("whole qkv or qkv", "qkv", "mixed", "d_normed", "d_h1", "weight gradient"),
+        *("d_h", "d_h1", "normed", "gathered", "whole qkv or qkv", "whole qkv or qkv"),
+        *("mixed", "d_normed", "weight gradient"),
     ),
 }
 # The same where autograd has saved what it needs, which is counted by itself.
@@ -168,6 +171,7 @@ def layer_tensors(config: Config, shape: ModelConfig) -> dict[str, int]:
         "gathered": tokens * shape.hidden_size * width if shards > 1 else 0,
         "mixed": qkv,
         "qkv": qkv,
+        "own qkv": qkv if ulysses > 1 else 0,
         "whole qkv": whole,
         "whole qkv or qkv": whole or qkv,
         "send": out if ulysses > 1 else 0,
