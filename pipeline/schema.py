@@ -354,6 +354,27 @@ class PlanSection:
 
 
 @dataclass
+class ClusterSection:
+    """conf/cluster: what slurm/chain.sh asks a Slurm cluster for; null leaves it to SBATCH_*.
+
+    account, partition, qos: as sbatch knows them. train_time, stage_time: time limits. memory: of
+    a stage on one node, as --mem takes it. evaluate_gpus: of the stage evaluate. container_image,
+    container_mounts: pyxis' flags, in whose container the jobs run.
+    """
+
+    name: str = "default"
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    train_time: str | None = None
+    stage_time: str | None = None
+    memory: str | None = None
+    evaluate_gpus: int = 1
+    container_image: str | None = None
+    container_mounts: str | None = None
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -376,6 +397,7 @@ class Config:
     benchmark: BenchmarkSection = field(default_factory=BenchmarkSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
     plan: PlanSection = field(default_factory=PlanSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
 
 
 def register_defaults() -> None:

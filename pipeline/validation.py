@@ -333,6 +333,10 @@ def _check_plan(config: Config) -> None:
         _refuse("plan.document_lengths", lengths, "must be at least 1 each", "set them, or []")
 
 
+def _check_cluster(config: Config) -> None:
+    _at_least(config, "cluster.evaluate_gpus", 0)
+
+
 def _check_eval(config: Config) -> None:
     _choice(config, "export.source", ("finetune", "convert"))
     _choice(config, "export.dtype", ("bf16", "fp32"))
@@ -366,6 +370,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_train,
     _check_benchmark,
     _check_plan,
+    _check_cluster,
     _check_eval,
 )
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from model.config import ModelConfig
 from model.cost import peak_flops, training_flops
 from model.loss import IGNORED
-from pipeline.manifest import StageStopped
+from pipeline.manifest import STOPPED_BY_FILE, StageStopped
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpointer
@@ -30,6 +30,8 @@ log = logging.getLogger("longgen.training")
 
 # A run's folder holds this file where it is to save and stop.
 TRIGGER = "stop"
+# ... and this one once it has: torchrun's own exit code does not tell it from a failure.
+STOPPED = "stopped"
 # How many times train.hang_seconds what compiles kernels or writes to disk may take.
 LONG = 10
 
@@ -195,6 +197,8 @@ class Trainer:
     def _run(self, start: checkpoint.Progress) -> None:
         step, consumed = start.step, start.rows_consumed
         last, self.first = self.train.steps, step
+        if self.layout.rank == 0:
+            (self.folder / STOPPED).unlink(missing_ok=True)
         if start.guard:
             self.guard.restore(start.guard)
         if step == 0:
@@ -234,6 +238,8 @@ class Trainer:
                 if stopping:
                     self.checkpointer.wait()
                     self._forget(stop)
+                    if stopping == STOPPED_BY_FILE and self.layout.rank == 0:
+                        (self.folder / STOPPED).touch()
                     raise StageStopped(stopping)
             self._forget(stop)
 

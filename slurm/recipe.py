@@ -1,0 +1,70 @@
+"""Tells the shell scripts what a recipe says: `python slurm/recipe.py experiment=NAME [key=value]`.
+
+Prints one `key<TAB>value` a line: the world, conf/cluster's values, and of every stage whether its
+folder is done (its manifest matches), changed (made with another configuration) or missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+
+from pipeline.manifest import read_manifest  # noqa: E402
+from pipeline.runner import USER_ERRORS, Runner, stage_inputs, stages_of  # noqa: E402
+from pipeline.schema import register_defaults  # noqa: E402
+from pipeline.validation import parse  # noqa: E402
+
+USER_ERROR = 2
+
+
+def facts(overrides: list[str]) -> dict[str, object]:
+    """What the scripts ask for, of the configuration that these overrides give."""
+    register_defaults()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("config", overrides=overrides)
+    # Before "auto" becomes what this machine has: a login node has no GPU, its cluster has.
+    found = {"device": composed.device}
+    config = parse(composed)
+    runner = Runner(config)
+    found |= {
+        "name": config.name,
+        "variant": config.variant,
+        "run": runner.root / config.name / config.variant,
+        "nodes": config.parallel.nodes,
+        "gpus_per_node": config.parallel.gpus_per_node,
+        "steps": config.train.steps,
+        "data_workers": config.data.workers,
+    }
+    found |= {f"cluster.{key}": value for key, value in asdict(config.cluster).items()}
+    stages = stages_of(config)
+    found["stages"] = " ".join(stages)
+    for stage in stages:
+        manifest = read_manifest(runner.folder(stage))
+        same = manifest is not None and manifest["id"] == runner.wanted(stage)[2]
+        state = "missing" if manifest is None or config.force else "done" if same else "changed"
+        found[f"{stage}.state"] = state
+        found[f"{stage}.folder"] = runner.folder(stage)
+        found[f"{stage}.inputs"] = " ".join(stage_inputs(stage, config))
+    return found
+
+
+def main() -> int:
+    try:
+        found = facts(sys.argv[1:])
+    except (*USER_ERRORS, HydraException) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return USER_ERROR
+    for key, value in found.items():
+        print(key, "" if value is None else value, sep="\t")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
