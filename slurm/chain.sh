@@ -84,7 +84,8 @@ flags_of() {
     [[ -z ${recipe[cluster.$key]} ]] || flags+=(--"$key=${recipe[cluster.$key]}")
   done
   [[ -z $time ]] || flags+=(--time="$time")
-  [[ $stage = finetune || -z ${recipe[cluster.memory]} ]] || flags+=(--mem="${recipe[cluster.memory]}")
+  [[ $stage = finetune || -z ${recipe[cluster.memory]} ]] ||
+    flags+=(--mem="${recipe[cluster.memory]}")
 }
 
 # The sbatch script with the #SBATCH lines that fit; others' world sizes come as flags.

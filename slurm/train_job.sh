@@ -113,8 +113,8 @@ train_job() {
     if [[ $key = experiment=* ]]; then experiment=${key#*=}; else rest+=("$key"); fi
   done
   [[ -n ${SLURM_JOB_ID:-} ]] ||
-    refuse "this is no Slurm job; submit it by slurm/chain.sh $experiment, or run on this machine:" \
-      "$python pipeline/run.py experiment=$experiment ${rest[*]}"
+    refuse "this is no Slurm job; submit it by slurm/chain.sh $experiment, or run on this" \
+      "machine: $python pipeline/run.py experiment=$experiment ${rest[*]}"
   cd "$root"
   # shellcheck source=slurm/env.sh
   source slurm/env.sh
@@ -153,8 +153,8 @@ train_job() {
     fi
     # A rank died. The same rule as on one machine: again, where there is something new to go on.
     [[ $(latest) != "$before" ]] ||
-      refuse "training failed with code $code and no checkpoint since its start; mend what is said" \
-        "above, and submit again: it goes on from $(latest)"
+      refuse "training failed with code $code and no checkpoint since its start; mend what is" \
+        "said above, and submit again: it goes on from $(latest)"
     say "training failed with code $code; all ranks start again from $(latest)"
   done
   [[ -z $watch ]] || kill "$watch" 2>/dev/null || true
