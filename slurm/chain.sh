@@ -18,6 +18,7 @@ for word; do
   case $word in
     --dry-run) dry=yes ;;
     -*) refuse "$word: the only flag is --dry-run; what sbatch is to be given is in conf/cluster" ;;
+    stage=*) refuse "$word: a chain has all stages; one alone: sbatch slurm/stage.sbatch STAGE ..." ;;
     *=*) rest+=("$word") ;;
     *)
       [[ -z $experiment ]] || refuse "$word: one experiment at a time, and $experiment is named"
@@ -44,9 +45,11 @@ done
 read_container
 partition=${recipe[cluster.partition]:-${SBATCH_PARTITION:-}}
 known=$(sinfo -h -o %R | sort -u | tr '\n' ' ')
-[[ -z $partition || " $known" = *" $partition "* ]] ||
-  refuse "partition $partition: this cluster has $known; set cluster.partition or SBATCH_PARTITION"
-jobs=$run/slurm/jobs.tsv
+# sbatch takes several, and the one that is free first.
+for name in ${partition//,/ }; do
+  [[ " $known" = *" $name "* ]] ||
+    refuse "partition $name: this cluster has $known; set cluster.partition or SBATCH_PARTITION"
+done
 [[ -n $dry ]] || check_writable "$run/slurm"
 
 if [[ ${recipe[fetch.state]} != "done" ]]; then
@@ -54,11 +57,10 @@ if [[ ${recipe[fetch.state]} != "done" ]]; then
   [[ -n $dry ]] || "$python" pipeline/run.py stage=fetch "${keys[@]}"
 fi
 
-# The newest job of a stage of this run that still waits or runs.
+# The job of a stage, where it still waits or runs.
 queued() {
   local id
-  [[ -f $jobs ]] || return 0
-  id=$(awk -F'\t' -v stage="$1" '$1 == stage { id = $2 } END { print id }' "$jobs")
+  id=$(job_of "$1")
   [[ -z $id ]] || squeue -h -j "$id" -t PD,CF,R,S,RQ,RH,CG -o %A 2>/dev/null | sort -u || true
 }
 
@@ -126,7 +128,8 @@ for stage in "${stages[@]}"; do
   # A federation answers "id;cluster".
   id=${id%%;*}
   ids[$stage]=$id
-  printf '%s\t%s\t%s\n' "$stage" "$id" "$(date -u +%FT%TZ)" >>"$jobs"
+  mkdir -p "$(dirname "${recipe[$stage.folder]}")"
+  echo "$id" >"${recipe[$stage.folder]}.job"
   say "$stage: job $id${after:+ after ${after#:}}"
 done
 [[ -n $dry ]] || say "slurm/status.sh ${keys[*]#experiment=} shows where it stands"

@@ -33,6 +33,10 @@ check_writable() {
       "disk that every node shares; set outputs=OTHER_FOLDER"
 }
 
+# The newest Slurm job of a stage, noted beside the stage's folder: a run that shares data_prep or
+# convert with another finds the other's job there.
+job_of() { cat "${recipe[$1.folder]}.job" 2>/dev/null || true; }
+
 # pyxis' flags (an srun plugin) where the cluster runs jobs in a container; else none.
 container=()
 read_container() {

@@ -1,7 +1,10 @@
 """Before hours are spent: does every rank have its GPU, do all talk, and is there room to save?
 
-`torchrun ... slurm/preflight.py RUN DEVICE`: a rank that lacks something names its node and ends
-with 1; rank 0 prints a line a node. Collectives are sanity checks, not benchmarks.
+`torchrun ... slurm/preflight.py RUN DEVICE ROOM SCRIPT [ARGUMENT ...]`: RUN is the run's folder,
+ROOM the bytes that its checkpoints take. Every rank looks at what it was given, all add up numbers
+within each node and then together, and each becomes `python SCRIPT ARGUMENT ...`. A rank that lacks
+something, or waits in vain, names its node and ends with 1; rank 0 prints a line a node. The sums
+are sanity checks, not benchmarks.
 """
 
 from __future__ import annotations
@@ -11,121 +14,203 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 # Bytes that are summed, and the least that a node's links and the whole world must carry. Far
 # below any healthy NVLink or InfiniBand: what is slower runs over the wrong network.
 SIZE = {"cuda": 2**28, "cpu": 2**20}
 LEAST_IN_NODE = {"cuda": 20e9, "cpu": 0.0}
 LEAST_TOGETHER = {"cuda": 1e9, "cpu": 0.0}
-# Beside a run's checkpoints.
-LEAST_FREE = 1e9
+# Bytes on each node's own disk, where kernels are compiled.
+LEAST_LOCAL = 1e9
+# Seconds that one look may take; a first sum over many nodes opens all their connections.
 SECONDS = 180
+# As Slurm's --exclude takes it.
+NODE = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+class Unfit(Exception):
+    """What this node lacks, and the remedy."""
+
+
+def say(error: str) -> None:
+    """One line that names the node."""
+    print(f"preflight: error: {NODE}, rank {os.environ['RANK']}: {error}", flush=True)
+
+
+@contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """End this process where `what` takes longer: a GPU or a network that hangs raises nothing."""
+
+    def give_up() -> None:
+        say(f"{what}: not done in {seconds:g} s; the first node that says so is the one that hangs")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def driver() -> str:
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.stdout.strip() or "none"
+    """The NVIDIA driver's version."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() or f"unknown ({done.stderr.strip()})"
 
 
-def own(run: Path, device: str) -> dict[str, object]:
-    """What this rank sees by itself; RuntimeError where it lacks something."""
-    local = int(os.environ["LOCAL_RANK"])
-    found = {"node": socket.gethostname(), "torch": torch.__version__, "gpu": "none"}
-    if device == "cuda":
-        wanted = int(os.environ["LOCAL_WORLD_SIZE"])
-        count = torch.cuda.device_count()
-        if count < wanted:
-            raise RuntimeError(f"shows {count} CUDA GPUs, {wanted} are wanted")
-        torch.cuda.set_device(local)
-        # A GPU that fell off its bus or has broken memory says so at its first work.
-        ones = torch.ones(1024, 1024, device="cuda")
-        if (ones @ ones).sum().item() != 1024.0**3:
-            raise RuntimeError(f"GPU {local} cannot multiply")
-        found |= {"gpu": torch.cuda.get_device_name(local), "driver": driver()}
-    free = shutil.disk_usage(run).free
-    if free < LEAST_FREE:
-        raise RuntimeError(f"{run}: {free / 1e9:.1f} GB are free, {LEAST_FREE / 1e9:.1f} at least")
+def check_gpu(local: int, wanted: int) -> None:
+    """Take GPU `local` and let it work.
+
+    Raises:
+        Unfit: where the node shows fewer than `wanted`, or this one computes wrongly.
+    """
+    count = torch.cuda.device_count()
+    if count < wanted:
+        raise Unfit(f"shows {count} CUDA GPUs, {wanted} are wanted; submit with --exclude={NODE}")
+    torch.cuda.set_device(local)
+    # A GPU that fell off its bus or has broken memory says so at its first work.
+    ones = torch.ones(1024, 1024, device="cuda")
+    if (ones @ ones).sum().item() != 1024.0**3:
+        raise Unfit(f"GPU {local} multiplies wrongly; submit with --exclude={NODE}")
+
+
+def check_disks(run: Path, room: int) -> int:
+    """Bytes free for the run's checkpoints beside those that it has.
+
+    Raises:
+        Unfit: where they do not suffice, the run cannot be written, or the node's disk is full.
+    """
+    local = Path(tempfile.gettempdir())
+    if shutil.disk_usage(local).free < LEAST_LOCAL:
+        raise Unfit(f"{local}: less than {LEAST_LOCAL / 1e9:g} GB free; clean it, or set TMPDIR")
     mark = run / f".preflight_{os.environ['RANK']}"
     mark.write_bytes(b"0")
     mark.unlink()
-    return found | {"free": free}
+    free = shutil.disk_usage(run).free
+    if int(os.environ["RANK"]) == 0:
+        held = [path.stat().st_size for path in run.glob("finetune.partial/checkpoints/*/*")]
+        if free + sum(held) < room:
+            raise Unfit(
+                f"{run}: {free / 1e9:.1f} GB free, the run's checkpoints take {room / 1e9:.1f} and "
+                f"have {sum(held) / 1e9:.1f}; free space, lower train.keep_last, or set "
+                "outputs=OTHER_DISK"
+            )
+    return free
 
 
-def speed(group, size: int, device: str) -> float:
+def look_around(run: Path, device: str, room: int) -> dict[str, Any]:
+    """What this rank sees by itself."""
+    found = {"node": NODE, "torch": torch.__version__, "python": sys.version.split()[0]}
+    if device == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        check_gpu(local, int(os.environ["LOCAL_WORLD_SIZE"]))
+        found |= {"gpu": torch.cuda.get_device_name(local), "driver": driver()}
+    return found | {"free": check_disks(run, room)}
+
+
+def bandwidth(group: dist.ProcessGroup, device: str) -> float:
     """Bytes/s out of one rank (bus bandwidth) of a sum over the group; infinite for one alone."""
     members = dist.get_world_size(group)
     if members == 1:
         return float("inf")
-    value = torch.ones(size // 4, device=device)
-    dist.all_reduce(value, group=group)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    dist.all_reduce(value, group=group)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    if value[0].item() != members**2:
-        raise RuntimeError(f"a sum over {members} ranks gives {value[0].item()}")
-    return 2 * (members - 1) / members * size / seconds
+    value = torch.ones(SIZE[device] // 4, device=device)
+    # The first sum opens the connections, the second is timed.
+    for _ in range(2):
+        started = time.perf_counter()
+        dist.all_reduce(value, group=group)
+        total = value[0].item()
+        seconds = time.perf_counter() - started
+    if total != members**2:
+        raise Unfit(f"a sum of ones over {members} ranks, twice, gives {total:g}")
+    return 2 * (members - 1) / members * SIZE[device] / seconds
 
 
-def together(found: dict[str, object], device: str) -> list[str]:
-    """Speeds in each node and over all, and what differs; on rank 0 a line a node is printed."""
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=SECONDS)
-    )
-    rank, size = dist.get_rank(), dist.get_world_size()
-    here = int(os.environ["LOCAL_WORLD_SIZE"])
-    groups = [dist.new_group(range(first, first + here)) for first in range(0, size, here)]
-    found["in_node"] = speed(groups[rank // here], SIZE[device], device)
-    found["together"] = speed(dist.group.WORLD, SIZE[device], device)
-    everyone = [None] * size
-    dist.all_gather_object(everyone, found)
+def faults(ranks: list[dict[str, Any]], device: str) -> list[str]:
+    """What is wrong with nodes of which all ranks have told: other versions, slow links."""
+    first, wrong = ranks[0], []
+    for rank in ranks:
+        for key in ("torch", "python", "gpu", "driver"):
+            if rank.get(key) != first.get(key):
+                wrong.append(
+                    f"{rank['node']}: {key} {rank.get(key)}, but {first.get(key)} on "
+                    f"{first['node']}; all must be alike: submit with --exclude={rank['node']}"
+                )
+        if rank["in node"] < LEAST_IN_NODE[device]:
+            wrong.append(
+                f"{rank['node']}: {rank['in node'] / 1e9:.1f} GB/s between its ranks, "
+                f"{LEAST_IN_NODE[device] / 1e9:g} at least; submit with --exclude={rank['node']}"
+            )
+    if first["together"] < LEAST_TOGETHER[device]:
+        wrong.append(
+            f"all nodes: {first['together'] / 1e9:.1f} GB/s, {LEAST_TOGETHER[device] / 1e9:g} at "
+            "least; NCCL may have taken the wrong network: see slurm/env.sh"
+        )
+    # The ranks of a node say the same.
+    return list(dict.fromkeys(wrong))
+
+
+def meet(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """What every rank has found, with bandwidths, in the order of ranks."""
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS)))
+    # What comes after uses the launcher's store as well, and must not meet these keys.
+    store = dist.PrefixStore("preflight", store)
+    backend = "nccl" if device == "cuda" else "gloo"
+    with at_most(SECONDS, "joining the others"):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        groups = [dist.new_group(range(first, first + here)) for first in range(0, size, here)]
+    with at_most(SECONDS, "a sum over this node's ranks"):
+        found["in node"] = bandwidth(groups[rank // here], device)
+    with at_most(SECONDS, "a sum over all ranks"):
+        found["together"] = bandwidth(dist.group.WORLD, device)
+        ranks = [None] * size
+        dist.all_gather_object(ranks, found)
     dist.destroy_process_group()
-    wrong = []
-    for first in everyone[::here]:
-        for key in ("torch", "gpu", "driver"):
-            if first.get(key) != everyone[0].get(key):
-                wrong.append(f"{first['node']}: {key} {first.get(key)}, {everyone[0].get(key)} on "
-                             f"{everyone[0]['node']}")  # fmt: skip
-        if first["in_node"] < LEAST_IN_NODE[device]:
-            wrong.append(f"{first['node']}: {first['in_node'] / 1e9:.1f} GB/s between its GPUs")
-        if rank == 0:
-            told = {k: f"{v / 1e9:.1f} GB{'' if k == 'free' else '/s'}" for k, v in first.items()
-                    if isinstance(v, int | float)}  # fmt: skip
-            print("preflight:", *(f"{k} {told.get(k, v)}" for k, v in first.items()), flush=True)
-    if everyone[0]["together"] < LEAST_TOGETHER[device]:
-        wrong.append(f"{everyone[0]['together'] / 1e9:.1f} GB/s over all nodes: see env.sh on NCCL")
-    return wrong
+    return ranks
+
+
+def told(key: str, value: Any) -> str:
+    """A finding as printed."""
+    if isinstance(value, int | float):
+        value = f"{value / 1e9:.1f} GB{'' if key == 'free' else '/s'}"
+    return f"{key} {value}"
 
 
 def main() -> int:
-    run, device = Path(sys.argv[1]), sys.argv[2]
-    if device == "auto":
-        device = "cuda"
+    run, device, room, *command = sys.argv[1:]
+    device = "cuda" if device == "auto" else device
     try:
-        wrong = together(own(run, device), device)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        wrong = [f"{socket.gethostname()}, rank {os.environ['RANK']}: {reason}"]
-        print(f"preflight: error: {wrong[0]}", flush=True)
+        with at_most(SECONDS, "looking at GPU and disk"):
+            found = look_around(Path(run), device, int(room))
+        ranks = meet(found, device)
+    except (Unfit, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        say(str(error).splitlines()[0])
         return 1
+    wrong = faults(ranks, device)
     if os.environ["RANK"] == "0":
+        for rank in ranks[:: int(os.environ["LOCAL_WORLD_SIZE"])]:
+            print("preflight:", ", ".join(told(*item) for item in rank.items()), flush=True)
         for line in wrong:
             print(f"preflight: error: {line}", flush=True)
-    return 1 if wrong else 0
+    if wrong:
+        return 1
+    # In this process's place: the launcher watches it, and its GPU memory is given back.
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 if __name__ == "__main__":

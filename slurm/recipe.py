@@ -16,12 +16,22 @@ sys.path[0] = str(ROOT)
 from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 
+from model.cost import parameters  # noqa: E402
 from pipeline.manifest import read_manifest  # noqa: E402
 from pipeline.runner import USER_ERRORS, Runner, stage_inputs, stages_of  # noqa: E402
-from pipeline.schema import register_defaults  # noqa: E402
+from pipeline.schema import Config, register_defaults, section_shape  # noqa: E402
+from pipeline.stages.finetune import hybrid_config  # noqa: E402
 from pipeline.validation import parse  # noqa: E402
 
 USER_ERROR = 2
+# Bytes that a checkpoint holds of each parameter: an fp32 master and Adam's two moments.
+CHECKPOINT_BYTES = 12
+
+
+def checkpoint_room(config: Config) -> int:
+    """Bytes of the checkpoints that a run keeps, and of the one that it writes meanwhile."""
+    shape = hybrid_config(section_shape(config.model), config)
+    return (config.train.keep_last + 1) * CHECKPOINT_BYTES * parameters(shape)
 
 
 def facts(overrides: list[str]) -> dict[str, object]:
@@ -40,6 +50,7 @@ def facts(overrides: list[str]) -> dict[str, object]:
         "nodes": config.parallel.nodes,
         "gpus_per_node": config.parallel.gpus_per_node,
         "steps": config.train.steps,
+        "checkpoint_room": checkpoint_room(config),
         "data_workers": config.data.workers,
     }
     found |= {f"cluster.{key}": value for key, value in asdict(config.cluster).items()}

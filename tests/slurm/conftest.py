@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,9 @@ import pytest
 from tests.slurm.cluster import Cluster, why_not
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """Two nodes of 16 cores and 8 GPUs, all pretended."""
+@contextmanager
+def running(**shape: int) -> Iterator[Cluster]:
+    """A cluster of that shape, or the test is skipped with the reason."""
     reason = why_not()
     if reason:
         pytest.skip(reason)
@@ -19,10 +21,24 @@ def cluster():
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     # Slurm's daemons ask that others can look into their folders.
     folder.chmod(0o755)
-    started = Cluster(folder)
+    cluster = Cluster(folder, **shape)
     try:
-        started.start()
-        yield started
+        cluster.start()
+        yield cluster
     finally:
-        started.stop()
+        cluster.stop()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of 16 cores and 8 GPUs, all pretended."""
+    with running() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def large():
+    """64 nodes of 8 GPUs, all pretended."""
+    with running(nodes=64, cpus=96) as started:
+        yield started

@@ -1,0 +1,95 @@
+"""In the place of VENV/bin/python: does in milliseconds, and without torch, what the scripts start.
+
+What bash and Slurm do is then tested by the second; that the true programs do the same is tested by
+test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT; `fails`,
+names of stages that fail; `steps`, how many a training takes; `save_every`, none where it is absent.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+VENV = Path(sys.argv[0]).absolute().parent.parent
+STEP_SECONDS = 0.05
+
+
+def recipe(arguments):
+    given = dict(word.split("=", 1) for word in arguments if "=" in word)
+    text = (VENV / "recipe.tsv").read_text().replace("VARIANT", given.get("variant", "main"))
+    found = dict(line.split("\t", 1) for line in text.splitlines())
+    found |= {key: value for key, value in given.items() if key in found}
+    for key, folder in list(found.items()):
+        if key.endswith(".folder"):
+            state = "done" if (Path(folder) / "manifest.json").exists() else "missing"
+            found[key.replace(".folder", ".state")] = state
+    return found
+
+
+def setting(name):
+    path = VENV / name
+    return path.read_text().split() if path.exists() else []
+
+
+def finish(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text("{}")
+
+
+def train(folder):
+    """As pipeline/training/loop.py writes and stops."""
+    if (folder / "manifest.json").exists():
+        return
+    partial = folder.with_name("finetune.partial")
+    saves, metrics = partial / "checkpoints", partial / "metrics.jsonl"
+    saves.mkdir(parents=True, exist_ok=True)
+    latest = saves / "latest"
+    step = int(latest.read_text()[5:]) if latest.exists() else 0
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    (partial / "stopped").unlink(missing_ok=True)
+    other = saves / "other"
+    every = [int(number) for number in setting("save_every")]
+    for step in range(step + 1, int(setting("steps")[0]) + 1):
+        time.sleep(STEP_SECONDS)
+        if other.exists():
+            # As ranks that lose a connection.
+            os.kill(int(other.read_text()), 0)
+        with metrics.open("a") as out:
+            out.write(json.dumps({"kind": "train", "step": step, "seconds": STEP_SECONDS}) + "\n")
+        stopping = (partial / "stop").exists()
+        if stopping or any(step % number == 0 for number in every):
+            latest.write_text(f"step_{step:06d}")
+        if stopping:
+            (partial / "stopped").touch()
+            (partial / "stop").unlink()
+            sys.exit(1)
+    partial.rename(folder)
+    finish(folder)
+
+
+def main():
+    words = sys.argv[1:]
+    found = recipe(words)
+    if words[0].endswith("recipe.py"):
+        print("\n".join(f"{key}\t{value}" for key, value in found.items()))
+        return
+    stage = next(word[6:] for word in words if word.startswith("stage="))
+    if stage in setting("fails"):
+        sys.exit(f"error: {stage} fails, as told")
+    folder = Path(found[f"{stage}.folder"])
+    if stage != "finetune":
+        finish(folder)
+    elif os.environ["SLURM_NODEID"] == "0":
+        train(folder)
+    else:
+        other = folder.with_name("finetune.partial") / "checkpoints/other"
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.with_name("new").write_text(str(os.getpid()))
+        other.with_name("new").rename(other)
+        while not (folder / "manifest.json").exists():
+            time.sleep(STEP_SECONDS)
+
+
+main()
