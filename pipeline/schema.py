@@ -345,12 +345,15 @@ class PlanSection:
     """stage=plan: a GPU of pipeline/planning/rates.py, and the documents that fill a row.
 
     document_lengths: their lengths in tokens, one after another and over again until the row is
-    full; none: a row is one document. host_gib: memory of one host; null: the table's.
+    full; none: a row is one document. host_gib: memory of one host; node_mtbf_hours: a node's time
+    between failures; restart_seconds: from a failure to loading the checkpoint; null: the table's.
     """
 
     gpu: str = "H200"
     document_lengths: list[int] = field(default_factory=list)
     host_gib: float | None = None
+    node_mtbf_hours: float | None = None
+    restart_seconds: float | None = None
 
 
 @dataclass

@@ -327,7 +327,8 @@ def _check_kernel_case(key: str, case: KernelCase) -> None:
 
 def _check_plan(config: Config) -> None:
     _choice(config, "plan.gpu", tuple(GPUS))
-    _at_least(config, "plan.host_gib", 0, above=True)
+    for key in ("host_gib", "node_mtbf_hours", "restart_seconds"):
+        _at_least(config, f"plan.{key}", 0, above=True)
     lengths = config.plan.document_lengths
     if lengths and min(lengths) < 1:
         _refuse("plan.document_lengths", lengths, "must be at least 1 each", "set them, or []")

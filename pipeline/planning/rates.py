@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Rate:
-    """A constant in SI units (FLOP/s, bytes/s, bytes) and its source."""
+    """A constant in SI units (FLOP/s, bytes/s, bytes, s) and its source."""
 
     value: float
     source: str
@@ -122,6 +122,18 @@ DISK = Rate(1.06e9, f"{CHECKPOINT} in seconds_in_the_background=13.98", True)
 HOST_BYTES_A_GPU = Rate(128 * GIB, "host memory that comes with each GPU; plan.host_gib says else")
 CUDA_CONTEXT = Rate(1.0e9, "CUDA context, kernels and cuBLAS's workspace, of each GPU")
 NCCL_BUFFERS = Rate(1.0e9, "NCCL's buffers for the groups of a rank, where there are several")
+# 419 unexpected stops of 2,048 nodes of 8 GPUs within 54 days, in seconds.
+NODE_MTBF = Rate(
+    2048 * 54 * 86400 / 419,
+    "seconds from one failure of a node to its next: Llama 3, arXiv 2407.21783, section 3.3.4; "
+    "plan.node_mtbf_hours says else",
+)
+RESTART = Rate(
+    600.0,
+    "seconds from a failure to loading the checkpoint: 300 until Slurm sees that a node is dead "
+    "(SlurmdTimeout), 120 until it starts a requeued job, 180 for checks and imports; "
+    "plan.restart_seconds says else",
+)
 HOST_PROCESS = Rate(5.0e9, "Python, its libraries, rows and buffers of one rank on the host")
 
 
@@ -143,4 +155,6 @@ def rates_of(gpu_name: str) -> dict[str, Rate]:
         "CUDA context": CUDA_CONTEXT,
         "NCCL": NCCL_BUFFERS,
         "host process": HOST_PROCESS,
+        "node's time between failures": NODE_MTBF,
+        "restart": RESTART,
     }

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 from model.config import describe_schedule
 from pipeline.manifest import StageContext
+from pipeline.planning.interruptions import interruptions
 from pipeline.planning.memory import MemoryPlan, memory_plan
 from pipeline.planning.rates import rates_of
 from pipeline.planning.switches import Way, ways_to_fit
@@ -75,6 +77,18 @@ def _time_lines(time: TimePlan) -> Iterator[str]:
     )
 
 
+def _interruption_lines(config: Config, cases: list[dict[str, Any]]) -> Iterator[str]:
+    yield "effective training time with failures, in this recipe's steps, saves and restarts:"
+    for case in cases:
+        own = case["nodes"] == config.parallel.nodes
+        yield (
+            f"{case['nodes']:8d} nodes, {case['failures_a_day']:.2f} failures a day: "
+            f"{case['effective']:.1%} with train.save_every={case['save_every']}, "
+            f"{case['effective_as_configured']:.1%} with {config.train.save_every}"
+            + ("  <- this recipe" if own else "")
+        )
+
+
 def _verdict_lines(memory: MemoryPlan, ways: list[Way], least: Way | None) -> Iterator[str]:
     for what, over in (("GPU", memory.over), ("host", memory.host_over)):
         if over > 0:
@@ -102,7 +116,7 @@ def run(context: StageContext) -> dict[str, Any]:
     memory, time = memory_plan(config, shape), time_plan(config, shape)
     ways, least = ([], None) if memory.fits else ways_to_fit(config, shape)
     rates = rates_of(config.plan.gpu)
-    documents = row_documents(config)
+    documents, cases = row_documents(config), interruptions(config, time)
     log.info(
         "%d x %s, layers %s, rows of %d tokens in %d document%s",
         time.world,
@@ -112,7 +126,8 @@ def run(context: StageContext) -> dict[str, Any]:
         len(documents),
         "" if len(documents) == 1 else "s",
     )
-    for line in (*_memory_lines(config, memory), *_time_lines(time)):
+    lines = (_memory_lines(config, memory), _time_lines(time), _interruption_lines(config, cases))
+    for line in chain(*lines):
         log.info("%s", line)
     assumed = dict.fromkeys(n.split(",")[0] for n, rate in rates.items() if not rate.measured)
     log.info("assumed, not measured on a %s: %s", config.plan.gpu, ", ".join(assumed))
@@ -124,6 +139,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "documents": documents,
         "memory": memory.as_record(),
         "time": time.as_record(),
+        "interruptions": cases,
         "ways_to_fit": [
             {
                 "changes": way.describe(),

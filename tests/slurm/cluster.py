@@ -56,7 +56,7 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def wait_until(condition: Callable[[], object], seconds: float, what: str):
+def wait_until(condition: Callable[[], object], seconds: float, what: str, poll: float = POLL):
     """The first true value of `condition()`; AssertionError with `what` after `seconds`."""
     until = time.monotonic() + seconds
     while True:
@@ -64,7 +64,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str):
         if value:
             return value
         assert time.monotonic() < until, f"{what}: not within {seconds} s"
-        time.sleep(POLL)
+        time.sleep(poll)
 
 
 class Cluster:

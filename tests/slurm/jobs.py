@@ -1,12 +1,15 @@
 """What the tests of the scripts share: submitting, and reading what a run has left."""
 
 import json
+import re
 import runpy
 import sys
 from functools import cache
 from pathlib import Path
 
-from tests.pipeline.running import ROOT
+from pipeline.runner import execute
+from tests.pipeline.running import ROOT, composed, fresh_logger
+from tests.pipeline.small_run import save_llama, save_text, small
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
@@ -52,6 +55,35 @@ class Scripts:
         given = ("experiment=demo", *self.keys, *keys)
         command = ("sbatch", *options, "slurm/train_7b.sh", *given)
         return self.cluster.run(*command, cwd=ROOT, VENV=str(self.venv)).stdout.strip()
+
+
+def small_run(root: Path) -> list[str]:
+    """Make data and weights of tests/pipeline/small_run.py in `root`; keys for two nodes."""
+    save_llama(root / "model")
+    save_text(root / "text")
+    keys = small(root, root / "model")
+    with fresh_logger():
+        for stage in ("fetch", "data_prep", "convert"):
+            assert execute(composed(*keys, f"stage={stage}")) == 0
+    # Hydra's grammar has no quotes around keys.
+    keys = [re.sub(r'"(\w+)":', r"\1:", key) for key in keys]
+    world = ("parallel.nodes=2", "parallel.gpus_per_node=1", "device=cpu")
+    return [*keys, *world, "train.hang_seconds=60"]
+
+
+def rank_processes(job: str) -> dict[int, int]:
+    """Process ids of a job's ranks that train."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"pipeline/run.py" not in words[1:2] or b"SLURM_JOB_ID=" + job.encode() not in environment:
+            continue
+        found |= {int(v[5:]): int(path.name) for v in environment if v.startswith(b"RANK=")}
+    return found
 
 
 def train_records(run: Path) -> list[dict]:

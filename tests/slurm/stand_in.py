@@ -37,6 +37,11 @@ def finish(folder):
     (folder / "manifest.json").write_text("{}")
 
 
+def other_name():
+    """Of the file in which the other node of this start leaves its process's id."""
+    return next(word[2:] for word in sys.argv if word.startswith("--rdzv-id="))
+
+
 def train(folder):
     """As pipeline/training/loop.py writes and stops."""
     if (folder / "manifest.json").exists():
@@ -49,7 +54,7 @@ def train(folder):
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
     (partial / "stopped").unlink(missing_ok=True)
-    other = saves / "other"
+    other = saves / other_name()
     every = [int(number) for number in setting("save_every")]
     for step in range(step + 1, int(setting("steps")[0]) + 1):
         time.sleep(STEP_SECONDS)
@@ -84,10 +89,10 @@ def main():
     elif os.environ["SLURM_NODEID"] == "0":
         train(folder)
     else:
-        other = folder.with_name("finetune.partial") / "checkpoints/other"
-        other.parent.mkdir(parents=True, exist_ok=True)
-        other.with_name("new").write_text(str(os.getpid()))
-        other.with_name("new").rename(other)
+        saves = folder.with_name("finetune.partial") / "checkpoints"
+        saves.mkdir(parents=True, exist_ok=True)
+        (saves / "new").write_text(str(os.getpid()))
+        (saves / "new").rename(saves / other_name())
         while not (folder / "manifest.json").exists():
             time.sleep(STEP_SECONDS)
 
