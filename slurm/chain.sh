@@ -18,7 +18,7 @@ for word; do
   case $word in
     --dry-run) dry=yes ;;
     -*) refuse "$word: the only flag is --dry-run; what sbatch is to be given is in conf/cluster" ;;
-    stage=*) refuse "$word: a chain has all stages; one alone: sbatch slurm/stage.sbatch STAGE ..." ;;
+    stage=*) refuse "$word: a chain has all stages; for one: sbatch slurm/stage.sbatch STAGE ..." ;;
     *=*) rest+=("$word") ;;
     *)
       [[ -z $experiment ]] || refuse "$word: one experiment at a time, and $experiment is named"

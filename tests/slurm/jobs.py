@@ -10,28 +10,31 @@ from pathlib import Path
 from pipeline.runner import execute
 from tests.pipeline.running import ROOT, composed, fresh_logger
 from tests.pipeline.small_run import save_llama, save_text, small
+from tests.slurm.cluster import wait_until
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 @cache
-def recipe_facts() -> str:
-    """What slurm/recipe.py says of experiment demo on two nodes, for outputs OUTPUTS."""
+def recipe_facts(world: str = "2x1") -> str:
+    """What slurm/recipe.py says of experiment demo for outputs OUTPUTS; `world`: nodes x GPUs."""
     before = sys.path[:]
     facts = runpy.run_path(str(ROOT / "slurm/recipe.py"))["facts"]
     sys.path[:] = before
-    keys = ("device=cpu", "parallel.nodes=2", "outputs=/OUTPUTS", "variant=VARIANT")
-    found = facts(["experiment=demo", *keys])
+    nodes, gpus = world.split("x")
+    keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
+    keys += (f"parallel.nodes={nodes}", f"parallel.gpus_per_node={gpus}")
+    found = facts(["experiment=demo", *keys, "train.micro_batch_rows=1"])
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 
 
-def stand_in(folder: Path, outputs: Path, **settings: str) -> Path:
+def stand_in(folder: Path, outputs: Path, world: str = "2x1", **settings: str) -> Path:
     """A VENV whose python is stand_in.py, with its settings."""
     python = folder / "bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f"#!{sys.executable} -IS\n{STAND_IN.read_text()}")
     python.chmod(0o755)
-    (folder / "recipe.tsv").write_text(recipe_facts().replace("/OUTPUTS", str(outputs)))
+    (folder / "recipe.tsv").write_text(recipe_facts(world).replace("/OUTPUTS", str(outputs)))
     for name, value in settings.items():
         (folder / name).write_text(value)
     return folder
@@ -80,7 +83,10 @@ def rank_processes(job: str) -> dict[int, int]:
             environment = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"pipeline/run.py" not in words[1:2] or b"SLURM_JOB_ID=" + job.encode() not in environment:
+        if (
+            b"pipeline/run.py" not in words[1:2]
+            or b"SLURM_JOB_ID=" + job.encode() not in environment
+        ):
             continue
         found |= {int(v[5:]): int(path.name) for v in environment if v.startswith(b"RANK=")}
     return found
@@ -118,3 +124,26 @@ def saved(run: Path) -> int:
 def text(path: Path) -> str:
     """What a log says so far."""
     return path.read_text() if path.exists() else ""
+
+
+class Training:
+    """A training of a variant of small_run() that scripts have submitted."""
+
+    def __init__(self, scripts: Scripts, root: Path, variant: str) -> None:
+        self.cluster, self.log = scripts.cluster, root / f"{variant}.log"
+        self.run = root / "outputs/small" / variant
+        self.id = scripts.sbatch(self.log, f"variant={variant}")
+
+    def reach(self, step: int, seconds: float) -> None:
+        """Wait until that step is recorded."""
+        wait_until(lambda: step in steps(self.run), seconds, f"step {step}\n{text(self.log)}")
+
+    def losses(self, seconds: float) -> list[tuple]:
+        """Of the finished run, by step."""
+        ended = self.cluster.wait_for_job(self.id, seconds)
+        assert ended["JobState"] == "COMPLETED", text(self.log)
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in train_records(self.run)]
+
+    def restarts(self) -> int:
+        """How often Slurm has started it again."""
+        return int(self.cluster.job(self.id)["Restarts"])

@@ -1,8 +1,8 @@
 """In the place of VENV/bin/python: does in milliseconds, and without torch, what the scripts start.
 
-What bash and Slurm do is then tested by the second; that the true programs do the same is tested by
-test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT; `fails`,
-names of stages that fail; `steps`, how many a training takes; `save_every`, none where it is absent.
+What bash and Slurm do is then tested by the second; that the true programs do the same is tested
+by test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT;
+`fails`, names of stages that fail; `steps`, how many a training takes; `save_every`, of how many.
 """
 
 import json
@@ -22,7 +22,10 @@ def recipe(arguments):
     found |= {key: value for key, value in given.items() if key in found}
     for key, folder in list(found.items()):
         if key.endswith(".folder"):
-            state = "done" if (Path(folder) / "manifest.json").exists() else "missing"
+            manifest = Path(folder) / "manifest.json"
+            state = "missing"
+            if manifest.exists():
+                state = "changed" if "changed" in manifest.read_text() else "done"
             found[key.replace(".folder", ".state")] = state
     return found
 
@@ -50,13 +53,13 @@ def train(folder):
     saves, metrics = partial / "checkpoints", partial / "metrics.jsonl"
     saves.mkdir(parents=True, exist_ok=True)
     latest = saves / "latest"
-    step = int(latest.read_text()[5:]) if latest.exists() else 0
+    start = int(latest.read_text()[5:]) if latest.exists() else 0
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
     (partial / "stopped").unlink(missing_ok=True)
     other = saves / other_name()
     every = [int(number) for number in setting("save_every")]
-    for step in range(step + 1, int(setting("steps")[0]) + 1):
+    for step in range(start + 1, int(setting("steps")[0]) + 1):
         time.sleep(STEP_SECONDS)
         if other.exists():
             # As ranks that lose a connection.
@@ -76,6 +79,8 @@ def train(folder):
 
 def main():
     words = sys.argv[1:]
+    if words[0].endswith("last_step.py"):
+        os.execv(sys.executable, [sys.executable, *words])
     found = recipe(words)
     if words[0].endswith("recipe.py"):
         print("\n".join(f"{key}\t{value}" for key, value in found.items()))

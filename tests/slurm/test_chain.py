@@ -1,56 +1,142 @@
-"""slurm/chain.sh and status.sh on a real cluster: what is left of a run, in order."""
+"""slurm/chain.sh and status.sh on a real cluster: what is left of a run, in order.
 
+With a stand-in for the stages; with the true ones in the test at the end.
+"""
+
+import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
-from tests.pipeline.running import ROOT
-from tests.slurm.test_train import START, keys, root  # noqa: F401
+import pytest
 
+from tests.slurm.cluster import wait_until
+from tests.slurm.jobs import Scripts, rank_processes, small_run, stand_in, steps, text
 
-def script(cluster, name, *arguments):
-    return cluster.run(f"slurm/{name}.sh", *arguments, cwd=ROOT, check=False, VENV=sys.prefix)
-
-
-def chain_keys(root):  # noqa: F811
-    """One node: the rest of the chain after data_prep and convert."""
-    # The first key is experiment=demo, which chain.sh takes as a word.
-    return keys(root, "variant=chain", "train.steps=4")[1:]
-
-
-def submitted(run):
-    """{stage: job id} as chain.sh has noted it."""
-    lines = (run / "slurm/jobs.tsv").read_text().splitlines()
-    return {line.split("\t")[0]: line.split("\t")[1] for line in lines}
+STAGES = ("fetch", "data_prep", "convert", "finetune", "export", "evaluate", "report")
+JOBS = STAGES[1:]
+SOON = 60
+# Of one stage with the true Python: some ten seconds, on idle cores.
+STAGE = 400
 
 
-def test_a_dry_run_submits_nothing(cluster, root):  # noqa: F811
-    done = script(cluster, "chain", "demo", "--dry-run", *chain_keys(root))
+@pytest.fixture
+def scripts(cluster, tmp_path):
+    """The scripts with a stand-in whose training takes 8 steps."""
+    venv = stand_in(tmp_path / "venv", tmp_path / "outputs", steps="8", save_every="4")
+    yield Scripts(cluster, venv)
+    cluster.run("scancel", "--user=root")
+    wait_until(lambda: not cluster.run("squeue", "-h").stdout, SOON, "the queue is empty")
+    for log in sorted((tmp_path / "outputs").glob("**/*.out")):
+        print(f"== {log.name}\n{text(log)}")
+
+
+def job_ids(printed: str) -> dict[str, str]:
+    """{stage: job} of what chain.sh says that it has submitted."""
+    return dict(re.findall(r" (\w+): job (\d+)\b(?! is)", printed))
+
+
+def ends(cluster, jobs: dict[str, str], seconds: float = SOON) -> dict[str, str]:
+    """{stage: how Slurm says that its job has ended}."""
+    return {s: cluster.wait_for_job(job, seconds)["JobState"] for s, job in jobs.items()}
+
+
+def test_a_dry_run_shows_every_line_and_submits_nothing(cluster, scripts, tmp_path):
+    done = scripts.run("chain", "--dry-run", "train.lr=0.1", "cluster.partition=batch")
     assert done.returncode == 0, done.stderr
-    assert "convert: done" in done.stdout and "--dependency=afterok:<finetune>" in done.stdout
-    assert not (root / "outputs/small/chain").exists()
-    assert not cluster.run("squeue", "-h").stdout
+    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", done.stdout, flags=re.M))
+    assert tuple(lines) == JOBS
+    assert all(line.endswith(" train.lr=0.1 cluster.partition=batch") for line in lines.values())
+    assert all("--partition=batch" in line for line in lines.values())
+    assert "--dependency=afterok:<data_prep>:<convert>" in lines["finetune"]
+    assert "--nodes=2" in lines["finetune"] and "slurm/train_70b.sh" in lines["finetune"]
+    assert all("--kill-on-invalid-dep=yes" in lines[stage] for stage in JOBS[2:])
+    assert "slurm/stage.sbatch export" in lines["export"]
+    assert not (tmp_path / "outputs").exists() and not cluster.run("squeue", "-h").stdout
 
 
-def test_an_unknown_partition_is_refused(cluster, root):  # noqa: F811
-    done = script(cluster, "chain", "demo", "cluster.partition=gone", *chain_keys(root))
-    assert done.returncode == 2
-    assert "error: partition gone: this cluster has batch high" in done.stderr
+def test_gpus_and_account_are_asked_for_where_they_are_wanted(scripts):
+    keys = ("device=auto", "cluster.account=us", "cluster.train_time=1-00:00:00")
+    done = scripts.run("chain", "--dry-run", *keys)
+    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", done.stdout, flags=re.M))
+    asked = {s: re.findall(r"--gpus-per-node=(\d+)", line) for s, line in lines.items()}
+    nothing = {stage: [] for stage in JOBS}
+    assert asked == nothing | {"finetune": ["1"], "evaluate": ["1"]}
+    assert all("--account=us" in line for line in lines.values())
+    assert [stage for stage in JOBS if "--time=1-00:00:00" in lines[stage]] == ["finetune"]
 
 
-def test_a_chain_runs_to_its_report(cluster, root):  # noqa: F811
-    run = root / "outputs/small/chain"
-    first = script(cluster, "chain", "demo", *chain_keys(root))
-    assert first.returncode == 0, first.stdout + first.stderr
-    jobs = submitted(run)
-    assert list(jobs) == ["finetune", "export", "evaluate", "report"]
-    again = script(cluster, "chain", "demo", *chain_keys(root))
-    assert again.stdout.count("is in the queue") == 4 and submitted(run) == jobs
-    try:
-        for job in jobs.values():
-            assert cluster.wait_for_job(job, START)["JobState"] == "COMPLETED"
-    finally:
-        cluster.run("scancel", *jobs.values(), check=False)
-        for log in sorted(run.glob("slurm/*.out")):
-            print(f"== {log.name}\n{log.read_text()}")
-    assert (run / "report/index.html").exists()
-    status = script(cluster, "status", "demo", *chain_keys(root)).stdout
-    assert status.count(" done\n") == 7 and "step 4 of 4, 0.0 hours" in status
+def test_a_failed_stage_cancels_what_follows_and_the_chain_goes_on_once_mended(
+    cluster, scripts, tmp_path
+):
+    (scripts.venv / "fails").write_text("convert")
+    jobs = job_ids(scripts.run("chain").stdout)
+    assert tuple(jobs) == JOBS
+    again = scripts.run("chain").stdout
+    assert not job_ids(again), again
+    ended = ends(cluster, jobs)
+    assert (ended["data_prep"], ended["convert"]) == ("COMPLETED", "FAILED")
+    assert {ended[stage] for stage in JOBS[2:]} == {"CANCELLED"}
+    status = scripts.run("status").stdout
+    assert re.search(r"convert +missing, job \d+ FAILED NonZeroExitCode", status), status
+    (scripts.venv / "fails").unlink()
+    mended = scripts.run("chain").stdout
+    assert "data_prep: done" in mended
+    assert tuple(job_ids(mended)) == JOBS[1:]
+    assert set(ends(cluster, job_ids(mended)).values()) == {"COMPLETED"}
+    status = scripts.run("status").stdout
+    assert status.count(" done\n") == len(STAGES)
+    assert "step 8 of" in status
+    # Two controls, at once: what is shared is there, and neither sees the other's run.
+    both = [job_ids(scripts.run("chain", f"variant={name}").stdout) for name in ("a", "b")]
+    for name, jobs in zip("ab", both, strict=True):
+        assert tuple(jobs) == JOBS[2:]
+        assert set(ends(cluster, jobs).values()) == {"COMPLETED"}
+        run = tmp_path / "outputs/demo" / name
+        assert steps(run) == list(range(1, 9))
+        logs = sorted(path.name.rsplit("-", 1)[0] for path in run.glob("slurm/*.out"))
+        assert logs == sorted(f"demo-{name}-{stage}" for stage in JOBS[2:])
+
+
+def test_a_control_waits_for_what_another_run_is_making(scripts):
+    (scripts.venv / "steps").write_text("100000")
+    first = job_ids(scripts.run("chain").stdout)
+    control = scripts.run("chain", "variant=control").stdout
+    shared = [stage for stage in JOBS[:2] if f"{stage}: job {first[stage]} is" in control]
+    assert shared or "convert: done" in control
+    assert tuple(job_ids(control)) == JOBS[2:]
+
+
+@pytest.mark.slow
+def test_true_stages_on_two_nodes(cluster, tmp_path):
+    keys = small_run(tmp_path)
+    scripts = Scripts(cluster, Path(sys.prefix), *keys, "wandb.mode=disabled", "train.steps=6")
+    shutil.rmtree(tmp_path / "outputs")
+    weights = tmp_path / "model/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    first = scripts.run("chain")
+    ended = ends(cluster, job_ids(first.stdout), STAGE)
+    assert (ended["data_prep"], ended["convert"]) == ("COMPLETED", "FAILED"), first.stderr
+    assert {ended[stage] for stage in JOBS[2:]} == {"CANCELLED"}
+    weights.write_bytes(whole)
+    mended = scripts.run("chain").stdout
+    # A control beside it: what is shared is made once.
+    control = scripts.run("chain", "variant=control", "schedule.full=all").stdout
+    assert tuple(job_ids(mended)) == JOBS[1:] and "data_prep: done" in control
+    assert set(job_ids(control)) == {"finetune", "export", "evaluate", "report"}
+    trained = job_ids(mended)["finetune"]
+    wait_until(lambda: len(rank_processes(trained)) == 2, 2 * STAGE, "two ranks")
+    for jobs in (job_ids(mended), job_ids(control)):
+        assert set(ends(cluster, jobs, 6 * STAGE).values()) == {"COMPLETED"}
+    for variant in ("main", "control"):
+        run = tmp_path / "outputs/small" / variant
+        assert steps(run) == list(range(1, 7)) and (run / "report/index.html").exists()
+    schedules = [
+        json.loads((tmp_path / f"outputs/small/{v}/finetune/manifest.json").read_text())["counts"]
+        for v in ("main", "control")
+    ]
+    assert [counts["schedule"] for counts in schedules] == ["S1 F1", "F2"]
+    status = scripts.run("status").stdout
+    assert status.count(" done\n") == len(STAGES) and "step 6 of 6" in status

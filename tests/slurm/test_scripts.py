@@ -3,14 +3,12 @@
 import re
 import shutil
 import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from tests.pipeline.running import ROOT
-from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.jobs import Scripts, stand_in
 
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch")])
 TRAIN = {"slurm/train_7b.sh": "llama2_7b_128k", "slurm/train_70b.sh": "llama2_70b_128k"}
@@ -57,29 +55,28 @@ def test_off_slurm_it_says_how_to_run_here(script):
     assert "this is no Slurm job" in done.stderr and "pipeline/run.py" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def large():
-    """64 GPUs, pretended: 8 nodes of 8."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))
-    folder.chmod(0o755)
-    started = Cluster(folder, nodes=8, cpus=64)
-    try:
-        started.start()
-        yield started
-    finally:
-        started.stop()
-        shutil.rmtree(folder)
-
-
 @pytest.mark.parametrize("script", TRAIN)
-def test_a_large_cluster_would_take_it(large, script):
-    tried = large.run("sbatch", "--test-only", script, check=False, cwd=ROOT)
-    assert tried.returncode == 0, tried.stderr
-    assert "to start at" in tried.stderr
-    more = large.run("sbatch", "--test-only", "--nodes=9", script, check=False, cwd=ROOT)
-    assert more.returncode
-    bigger = large.run("sbatch", "--test-only", "--gpus-per-node=9", script, check=False, cwd=ROOT)
-    assert bigger.returncode
+def test_64_nodes_of_8_gpus_would_take_it(large, script):
+    """Slurm itself says what it would do; it refuses what these nodes never have."""
+
+    def tried(*flags):
+        return large.run("sbatch", "--test-only", *flags, script, check=False, cwd=ROOT)
+
+    taken = tried()
+    assert taken.returncode == 0 and "to start at" in taken.stderr, taken.stderr
+    nodes = "node1 in" if "7b" in script else "node[1-8] in"
+    assert f"on nodes {nodes} partition batch" in taken.stderr
+    assert tried("--nodes=64").returncode == 0
+    assert tried("--nodes=65").returncode
+    assert tried("--gpus-per-node=9").returncode
+
+
+def test_the_resolved_command_line_of_70b_is_shown_and_taken(large, tmp_path):
+    venv = stand_in(tmp_path / "venv", tmp_path / "outputs", world="8x8")
+    done = Scripts(large, venv).run("chain", "--dry-run", "device=cuda")
+    (line,) = re.findall(r"finetune: sbatch (.*)$", done.stdout, flags=re.M)
+    flags = [word for word in line.split(" slurm/")[0].split() if "dependency" not in word]
+    flags.remove("--parsable")
+    assert {"--nodes=8", "--gpus-per-node=8"} <= set(flags)
+    taken = large.run("sbatch", "--test-only", *flags, "slurm/train_70b.sh", cwd=ROOT)
+    assert "on nodes node[1-8]" in taken.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import wait_until
-from tests.slurm.jobs import Scripts, rank_processes, saved, small_run, steps, text, train_records
+from tests.slurm.jobs import Scripts, Training, rank_processes, saved, small_run, text
 
 STEPS, SAVE_EVERY = 200, 40
 # A start takes some 20 seconds on two cores: the recipe's check, the pre-flight and the training
@@ -34,34 +34,11 @@ def scripts(cluster, root):
     return Scripts(cluster, Path(sys.prefix), *small_run(root), *often, "wandb.mode=disabled")
 
 
-class Job:
-    """A training of a variant."""
-
-    def __init__(self, scripts: Scripts, root: Path, variant: str) -> None:
-        self.cluster, self.log = scripts.cluster, root / f"{variant}.log"
-        self.run = root / "outputs/small" / variant
-        self.id = scripts.sbatch(self.log, f"variant={variant}")
-
-    def reach(self, step: int) -> None:
-        """Wait until that step is recorded."""
-        wait_until(lambda: step in steps(self.run), START, f"step {step}\n{text(self.log)}")
-
-    def losses(self) -> list[tuple]:
-        """Of the finished run, by step."""
-        ended = self.cluster.wait_for_job(self.id, START)
-        assert ended["JobState"] == "COMPLETED", text(self.log)
-        return [(r["step"], r["loss"], r["grad_norm"]) for r in train_records(self.run)]
-
-    def restarts(self) -> int:
-        """How often Slurm has started it again."""
-        return int(self.cluster.job(self.id)["Restarts"])
-
-
 @pytest.fixture(scope="module")
 def whole(scripts, root):
     """Losses of a job that nothing has disturbed."""
-    job = Job(scripts, root, "whole")
-    losses = job.losses()
+    job = Training(scripts, root, "whole")
+    losses = job.losses(START)
     assert [step for step, *_ in losses] == list(range(1, STEPS + 1))
     assert text(job.log).count("preflight: node node") == 2
     return losses
@@ -120,12 +97,12 @@ SCENARIOS = (
 
 @pytest.mark.parametrize("disturb", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_losses_are_those_of_an_undisturbed_job(scripts, root, whole, disturb):
-    job = Job(scripts, root, disturb.__name__)
+    job = Training(scripts, root, disturb.__name__)
     try:
         # Beyond a checkpoint, and not at the next.
-        job.reach(SAVE_EVERY + 5)
+        job.reach(SAVE_EVERY + 5, START)
         restarts = disturb(job)
-        assert job.losses() == whole
+        assert job.losses(START) == whole
         assert job.restarts() == restarts
         assert text(job.log).count("continuing from step") == 1
     finally:

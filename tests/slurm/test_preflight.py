@@ -1,0 +1,143 @@
+"""slurm/preflight.py: what a rank lacks is told with its node; where nothing lacks, work begins."""
+
+import importlib.util
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pipeline.running import ROOT, alone
+
+GOOD = {
+    "torch": "2",
+    "python": "3",
+    "gpu": "H100",
+    "driver": "5",
+    "in node": 4e11,
+    "together": 5e10,
+}
+# Joins a process group of its own over the launcher's store: nothing of the pre-flight is left.
+WORK = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.ones(1)
+dist.all_reduce(value)
+print("work", sys.argv[1:], value.item(), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def preflight():
+    spec = importlib.util.spec_from_file_location("preflight", ROOT / "slurm/preflight.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+
+
+def test_ranks_check_and_then_work(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "work.py").write_text(WORK)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    check = ("slurm/preflight.py", str(tmp_path / "run"), "cpu", "1")
+    done = subprocess.run(
+        [*torchrun, *check, str(tmp_path / "work.py"), "a=1"],
+        cwd=ROOT,
+        env=alone() | {"SLURMD_NODENAME": "n7", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("work ['a=1'] 2.0") == 2
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("preflight:"))
+    assert f"node n7, torch {torch.__version__}" in line and " GB/s, together " in line
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_rank_that_lacks_something_ends_and_names_its_node(preflight, rank, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "NODE", "n7")
+    # Where nothing can be written, and with what would otherwise become this process.
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "/proc", "cpu", "1", "work.py"])
+    assert preflight.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("preflight: error: n7, rank 0: [Errno") and "/proc/" in printed
+
+
+def test_checkpoints_that_are_there_take_no_more_room(preflight, rank, tmp_path, monkeypatch):
+    saved = tmp_path / "finetune.partial/checkpoints/step_000001"
+    saved.mkdir(parents=True)
+    usage = preflight.shutil._ntuple_diskusage(2**40, 2**40 - 10**10, 10**10)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(preflight.Unfit, match="10.0 GB free, the run's checkpoints take 10.0"):
+        preflight.check_disks(tmp_path, 10**10 + 100)
+    (saved / "a").write_bytes(bytes(100))
+    assert preflight.check_disks(tmp_path, 10**10 + 100) == 10**10
+
+
+def test_a_full_disk_of_the_node_is_told(preflight, rank, tmp_path, monkeypatch):
+    usage = preflight.shutil._ntuple_diskusage(10**9, 10**9, 0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(preflight.Unfit, match="less than 1 GB free; clean it, or set TMPDIR"):
+        preflight.check_disks(tmp_path, 1)
+
+
+def test_a_run_that_cannot_be_written_is_told(preflight, rank):
+    with pytest.raises(OSError, match="/proc/"):
+        preflight.check_disks(Path("/proc"), 1)
+
+
+def test_a_missing_gpu_is_told_with_the_node(preflight, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    remedy = f"shows 7 CUDA GPUs, 8 are wanted; submit with --exclude={preflight.NODE}"
+    with pytest.raises(preflight.Unfit, match=remedy):
+        preflight.check_gpu(0, 8)
+
+
+def ranks(**changed):
+    """Two nodes of two ranks, of which the last is changed."""
+    return [GOOD | {"node": node} for node in ("n1", "n1", "n2")] + [
+        GOOD | {"node": "n2"} | changed
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"driver": "4"}, "n2: driver 4, but 5 on n1; all must be alike: submit with --exclude=n2"),
+        ({"torch": "1"}, "n2: torch 1, but 2 on n1"),
+        ({"gpu": "A100"}, "n2: gpu A100, but H100 on n1"),
+        ({"in node": 3e9}, "n2: 3.0 GB/s between its ranks, 20 at least; submit with --exclude=n2"),
+    ],
+)
+def test_a_node_that_differs_is_named(preflight, changed, told):
+    (line,) = preflight.faults(ranks(**changed), "cuda")
+    assert line.startswith(told)
+
+
+def test_alike_nodes_have_no_faults_and_a_slow_network_is_everyones(preflight):
+    assert preflight.faults(ranks(), "cuda") == []
+    slow = [rank | {"together": 1e8} for rank in ranks()]
+    (line,) = preflight.faults(slow, "cuda")
+    assert line.startswith("all nodes: 0.1 GB/s, 1 at least; NCCL may have taken the wrong network")
+
+
+def test_what_hangs_is_ended_and_named(preflight, rank, capsys, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(preflight.os, "_exit", lambda code: ended.set())
+    with preflight.at_most(0.01, "a sum over all ranks"):
+        assert ended.wait(30)
+    told = f"preflight: error: {preflight.NODE}, rank 0: a sum over all ranks: not done in 0.01 s"
+    assert capsys.readouterr().out.startswith(told)
+    ended.clear()
+    with preflight.at_most(0.05, "a quick one"):
+        pass
+    assert not ended.wait(0.2)
