@@ -1,4 +1,4 @@
-"""20 random kills of a job: no step is lost or doubled, and the time that is lost is as simulated."""
+"""20 random kills of a job: no step is lost or doubled, and what they cost is as simulated."""
 
 import json
 import os
@@ -19,8 +19,10 @@ from tests.slurm.jobs import Scripts, Training, rank_processes, saved, small_run
 KILLS = 20
 STEPS, SAVE_EVERY = 9_000, 100
 # Seconds of training before a kill, on average; of the kills, the share that meets a start instead.
-MEAN, WHILE_STARTING = 12.0, 0.2
+MEAN, WHILE_STARTING, LONGEST_IN_START = 12.0, 0.2, 5.0
 START, WHOLE = 300, 1800
+# What a start says when it takes its first step, and the batch shell once a start is over.
+TRAINS, ENDED = "full layers on cpu run by", "training failed, and starts again"
 
 
 def recorded(job: Training) -> int:
@@ -39,7 +41,7 @@ def recorded(job: Training) -> int:
 def begins(job: Training, life: int) -> None:
     """Wait until the start of that number, from 0, trains: its first step beyond the checkpoint."""
     wait_until(
-        lambda: text(job.log).count("to save and stop: touch") == life + 1,
+        lambda: text(job.log).count(TRAINS) == life + 1,
         START,
         f"start {life} of the ranks\n{text(job.log)[-4000:]}",
     )
@@ -47,12 +49,15 @@ def begins(job: Training, life: int) -> None:
     wait_until(lambda: recorded(job) > at, START, f"a step beyond {at}")
 
 
-def kill_one(job: Training, dice: random.Random) -> None:
-    ranks = wait_until(
-        lambda: len(found := rank_processes(job.id)) == 2 and found, START, "two ranks"
-    )
-    os.kill(ranks[dice.randrange(2)], signal.SIGKILL)
-    wait_until(lambda: not rank_processes(job.id), START, "the ranks are gone")
+def kill_one(job: Training, dice: random.Random, after: float) -> tuple[float, int]:
+    """Kill a rank so many seconds after there are two; (the time, the last recorded step)."""
+    before = text(job.log).count(ENDED)
+    wait_until(lambda: len(rank_processes(job.id)) == 2, START, "two ranks")
+    time.sleep(after)
+    at, last = time.monotonic(), recorded(job)
+    os.kill(rank_processes(job.id)[dice.randrange(2)], signal.SIGKILL)
+    wait_until(lambda: text(job.log).count(ENDED) == before + 1, START, "the ranks are gone")
+    return at, last
 
 
 @pytest.mark.slow
@@ -66,26 +71,22 @@ def test_random_kills_lose_and_double_nothing(cluster, tmp_path):
     dice, job = random.Random(1), Training(scripts, tmp_path, "killed")
     begins(job, 0)
     wait_until(lambda: saved(job.run) > 0, START, "a checkpoint, which has the W&B run's id")
-    # Of each life: seconds from the kill before to its first step, then to its own kill; steps.
-    since, began, starting, training, resumed = time.monotonic(), time.monotonic(), [], [], []
-    first = recorded(job)
-    stretches, life = [], 0
+    # Of each life: seconds since the kill before it until its first step and until its own kill;
+    # seconds and steps between these; where the next one begins.
+    starting, stretches, training, resumed = [], [], [], []
+    before, life = time.monotonic(), 0
     while len(stretches) < KILLS:
-        meets_a_start = bool(stretches) and dice.random() < WHILE_STARTING
-        if stretches and not meets_a_start:
+        if stretches and dice.random() < WHILE_STARTING:
+            killed, _ = kill_one(job, dice, dice.uniform(0, LONGEST_IN_START))
+        else:
             begins(job, life)
             began, first = time.monotonic(), recorded(job)
-            starting.append(began - since)
-        if not meets_a_start:
-            time.sleep(dice.expovariate(1 / MEAN))
-        last = recorded(job)
-        kill_one(job, dice)
-        now = time.monotonic()
-        if not meets_a_start:
-            training.append((now - began, last - first))
-        stretches.append(now - since)
+            killed, last = kill_one(job, dice, dice.expovariate(1 / MEAN))
+            training.append((killed - began, last - first))
+            starting.append(began - before)
+        stretches.append(killed - before)
         resumed.append(saved(job.run))
-        since, life = now, text(job.log).count("to save and stop: touch")
+        before, life = killed, text(job.log).count(TRAINS)
     assert job.losses(WHOLE) == whole
     assert job.restarts() == 0
     check_wandb(job)
@@ -101,10 +102,10 @@ def check_wandb(job: Training) -> None:
 
 
 def measured_and_simulated(job, stretches, starting, training, resumed) -> dict[str, float]:
-    """Effective training time between the first step and the last kill, as it was and as simulated.
+    """Effective training time from the first kill to the last, as it was and as simulated.
 
     The simulation gets the times between kills, and the means of a step, a start and a write. The
-    first life had begun before the first stretch: it is left out of both.
+    first life, which was looked at only once it had a checkpoint, is left out.
     """
     seconds, steps = (sum(values) for values in zip(*training, strict=True))
     writes = [float(s) for s in re.findall(r"saved step_\d+ in ([\d.]+) s", text(job.log))]
@@ -112,7 +113,7 @@ def measured_and_simulated(job, stretches, starting, training, resumed) -> dict[
         step=seconds / steps,
         blocked=0.0,
         write=statistics.mean(writes),
-        restart=statistics.mean(starting),
+        restart=statistics.mean(starting[1:]),
     )
     elapsed, useful = sum(stretches[1:]), (resumed[-1] - resumed[0]) * course.step
     return {
