@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -74,18 +75,19 @@ def test_more_nodes_and_rarer_saves_leave_less():
     assert outcomes == sorted(outcomes)
 
 
-def recipe(*overrides):
+@cache
+def planned(*overrides):
+    """(the 70B recipe, its interruptions)."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         keys = ["experiment=llama2_70b_128k", "data=stdlib", "data.seq_length=131072"]
         composed = compose("config", overrides=["device=cpu", *keys, *overrides])
     config = parse(composed)
     shape: ModelConfig = hybrid_config(section_shape(config.model), config)
-    return config, time_plan(config, shape)
+    return config, interruptions(config, time_plan(config, shape))
 
 
 def test_the_70b_recipe_saves_as_often_as_is_best():
-    config, time = recipe()
-    own, *_, llama_3 = interruptions(config, time)
+    config, (own, *_, llama_3) = planned()
     assert own["nodes"] == 8 and own["save_every"] == config.train.save_every
     # Llama 3 tells of more than 90% on its 2,048 nodes, with other saves and restarts.
     assert llama_3["nodes"] == 2048 and 0.90 < llama_3["effective"] < 0.95
@@ -97,7 +99,7 @@ def test_the_docs_say_what_is_simulated():
     rows = [
         f"| {case['nodes']} | {case['failures_a_day']:.2f} | {case['save_every']} | "
         f"{case['effective']:.1%} |"
-        for case in interruptions(*recipe())
+        for case in planned()[1]
     ]
     assert "\n".join(rows) in (ROOT / "docs/slurm.md").read_text()
     # Llama 3's rate of failures on 64 nodes leaves 97% at least.
@@ -106,9 +108,9 @@ def test_the_docs_say_what_is_simulated():
 
 
 def test_a_site_says_its_own_rates():
-    often = interruptions(*recipe("plan.node_mtbf_hours=24", "plan.restart_seconds=1200"))[0]
+    _, (often, *_) = planned("plan.node_mtbf_hours=24", "plan.restart_seconds=1200")
     assert often["failures_a_day"] == pytest.approx(8)
-    assert often["effective"] < interruptions(*recipe("plan.node_mtbf_hours=24"))[0]["effective"]
+    assert often["effective"] < planned("plan.node_mtbf_hours=24")[1][0]["effective"]
 
 
 def test_plan_prints_it(capsys, tmp_path):
