@@ -21,6 +21,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo", "scancel")
 # Seconds that a daemon has to answer, and to end.
 START, END = 20, 10
+# Of a client's command; chain.sh does a stage itself.
+LONGEST = 600
 POLL = 0.1
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 # Of a launcher's world, and of an outer Slurm job, nothing may reach the jobs.
@@ -132,7 +134,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **env: str):
         """A client's command, finished; its output is shown where it fails and may not."""
         done = subprocess.run(
-            command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=120
+            command, env=self.env | env, cwd=cwd, capture_output=True, text=True, timeout=LONGEST
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done

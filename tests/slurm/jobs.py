@@ -1,11 +1,12 @@
 """What the tests of the scripts share: submitting, and reading what a run has left."""
 
+import importlib.util
 import json
 import re
-import runpy
 import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from pipeline.runner import execute
 from tests.pipeline.running import ROOT, composed, fresh_logger
@@ -16,15 +17,24 @@ STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 @cache
+def script_module(name: str) -> ModuleType:
+    """slurm/NAME.py, imported: the folder is no package."""
+    before = sys.path[:]
+    spec = importlib.util.spec_from_file_location(f"slurm_{name}", ROOT / f"slurm/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+@cache
 def recipe_facts(world: str = "2x1") -> str:
     """What slurm/recipe.py says of experiment demo for outputs OUTPUTS; `world`: nodes x GPUs."""
-    before = sys.path[:]
-    facts = runpy.run_path(str(ROOT / "slurm/recipe.py"))["facts"]
-    sys.path[:] = before
     nodes, gpus = world.split("x")
     keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
     keys += (f"parallel.nodes={nodes}", f"parallel.gpus_per_node={gpus}")
-    found = facts(["experiment=demo", *keys, "train.micro_batch_rows=1"])
+    every = ["experiment=demo", *keys, "train.micro_batch_rows=1"]
+    found = script_module("recipe").facts(every)
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 
 

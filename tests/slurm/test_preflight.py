@@ -1,6 +1,5 @@
 """slurm/preflight.py: what a rank lacks is told with its node; where nothing lacks, work begins."""
 
-import importlib.util
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from tests.pipeline.running import ROOT, alone
+from tests.slurm.jobs import script_module
 
 GOOD = {
     "torch": "2",
@@ -31,10 +31,7 @@ print("work", sys.argv[1:], value.item(), flush=True)
 
 @pytest.fixture(scope="module")
 def preflight():
-    spec = importlib.util.spec_from_file_location("preflight", ROOT / "slurm/preflight.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("preflight")
 
 
 @pytest.fixture

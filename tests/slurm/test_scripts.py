@@ -1,14 +1,18 @@
 """The sbatch scripts are read by bash, and what they ask for is what the recipes need."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from model.cost import parameters
+from pipeline.schema import section_shape
 from tests.pipeline.running import ROOT
-from tests.slurm.jobs import Scripts, stand_in
+from tests.slurm.jobs import Scripts, script_module, stand_in
 
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch")])
 TRAIN = {"slurm/train_7b.sh": "llama2_7b_128k", "slurm/train_70b.sh": "llama2_70b_128k"}
@@ -53,6 +57,43 @@ def test_off_slurm_it_says_how_to_run_here(script):
     )
     assert done.returncode == 2
     assert "this is no Slurm job" in done.stderr and "pipeline/run.py" in done.stderr
+
+
+def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
+    keys = ["experiment=demo", f"outputs={tmp_path}", "train.keep_last=3"]
+    facts = script_module("recipe").facts
+    found = facts(keys)
+    assert found["run"] == tmp_path / "demo/main" and found["stages"].split()[0] == "fetch"
+    assert found["finetune.inputs"] == "data_prep convert"
+    states = {key: found[key] for key in ("convert.state", "export.state")}
+    assert states == {"convert.state": "missing", "export.state": "missing"}
+    # Masters and two moments in fp32 of every parameter, three kept and one being written.
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        shape = section_shape(compose("config").model)
+    assert found["checkpoint_room"] == 4 * 12 * parameters(shape)
+    for stage in ("convert", "export"):
+        folder = found[f"{stage}.folder"]
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"id": folder.name}))
+    # A shared folder's name is its id; the export was made by another configuration.
+    again = facts(keys)
+    assert (again["convert.state"], again["export.state"]) == ("done", "changed")
+    assert facts([*keys, "force=true"])["convert.state"] == "missing"
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("train.steps=0", "error: train.steps=0: must be at least 1"),
+        ("train.stepz=1", "error: Could not override 'train.stepz'"),
+        ("cluster=gone", "error: In 'config': Could not find 'cluster/gone'"),
+        ("cluster.evaluate_gpus=-1", "error: cluster.evaluate_gpus=-1: must be at least 0"),
+    ],
+)
+def test_recipe_refuses_what_the_entry_refuses(key, told, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "experiment=demo", key])
+    assert script_module("recipe").main() == 2
+    assert capsys.readouterr().err.startswith(told)
 
 
 @pytest.mark.parametrize("script", TRAIN)
