@@ -14,8 +14,5 @@ export TRANSFORMERS_OFFLINE=${TRANSFORMERS_OFFLINE:-1}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # NCCL speaks only of what goes wrong; INFO fills gigabytes with 64 ranks.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Long rows come in unequal documents, and so in blocks of many sizes: without this the allocator
-# keeps them apart, and memory that is free cannot be used.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 # Which network NCCL and gloo take is the site's to say: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and
 # NCCL_IB_HCA are passed on and never guessed here.
