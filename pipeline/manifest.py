@@ -46,13 +46,17 @@ class StageContext:
     """What a stage gets: its configuration, the folder it writes, the folders it reads.
 
     `out` is renamed into place when the stage's run() returns; `folder(name)` is the finished
-    folder of an earlier stage.
+    folder of an earlier stage. rank, size, meet: this process among those of the stage, and where
+    all of them wait for each other.
     """
 
     config: Config
     out: Path
     folder: Callable[[str], Path]
     log: logging.Logger
+    rank: int = 0
+    size: int = 1
+    meet: Callable[[str], None] = lambda place: None
 
 
 def digest(value: Any) -> str:

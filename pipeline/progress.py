@@ -1,10 +1,11 @@
-"""How far a stage is that passes tensors on."""
+"""How far a stage is that passes tensors on, or works through samples."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import (
 )
 
 LOG_SECONDS = 30.0
+WORK_SECONDS = 15.0
 
 
 def track_tensors(
@@ -65,3 +67,38 @@ def track_tensors(
                     speed / 1e9,
                     max(0, size - done) / speed,
                 )
+
+
+def track_work(
+    items: Sequence[Any], tokens: Sequence[int], label: str, log: logging.Logger
+) -> Iterator[Any]:
+    """Pass on each item and say how far they are by tokens: a bar on a terminal, else lines.
+
+    Args:
+        tokens: of each item, at least 1.
+    """
+    console, total = Console(), sum(tokens)
+    started = spoken = time.monotonic()
+    done = 0
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}% of {task.total:,} tokens"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        for item, size in zip(items, tokens, strict=True):
+            yield item
+            done += size
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if not console.is_terminal and now - spoken >= WORK_SECONDS:
+                spoken = now
+                left = (now - started) * (total - done) / done
+                log.info(
+                    "%s: %.0f%% of %d tokens, %.0f s left", label, 100 * done / total, total, left
+                )
+    log.info("%s: %d tokens in %.1f s", label, total, time.monotonic() - started)

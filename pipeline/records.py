@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,20 +50,14 @@ class Journal:
     sample has. Opening drops a half-written line and samples with fewer records than that.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
+        """`others`: files of the same kind that other processes write; only read."""
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [record for record in map(_parse, lines) if record is not None]
-        found = Counter(map(self._sample, records))
-        whole = [record for record in records if found[self._sample(record)] == record["parts"]]
-        self.done = {self._sample(record) for record in whole}
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in whole))
-        partial.replace(path)
-
-    @staticmethod
-    def _sample(record: Record) -> tuple[str, str, str]:
-        return record["model"], record["task"], record["key"]
+        whole = _whole_samples(path)
+        self.done = set(whole)
+        _write_whole(path, whole)
+        for other in others:
+            self.done |= _whole_samples(other).keys()
 
     def append(self, model: str, task: str, key: str, records: list[Record]) -> None:
         """Write all records of one sample and hand them to the system."""
@@ -70,6 +65,40 @@ class Journal:
         with self.path.open("a") as stream:
             stream.write("".join(json.dumps({**sample, **record}) + "\n" for record in records))
         self.done.add((model, task, key))
+
+    def gather(self, others: Sequence[Path]) -> None:
+        """Take over the samples of other files that this one lacks."""
+        found = _whole_samples(self.path)
+        for other in others:
+            for sample, records in _whole_samples(other).items():
+                found.setdefault(sample, records)
+        _write_whole(self.path, found)
+        self.done = set(found)
+
+
+def _whole_samples(path: Path) -> dict[tuple[str, str, str], list[Record]]:
+    """The records of each (model, task, key) that has as many as it says, broken lines left out.
+
+    A sample that two processes have written is one of the two.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict[tuple[str, str, str], list[Record]] = {}
+    for record in map(_parse, lines):
+        if record is not None:
+            found.setdefault((record["model"], record["task"], record["key"]), []).append(record)
+    return {
+        sample: records[: records[0]["parts"]]
+        for sample, records in found.items()
+        if len(records) >= records[0]["parts"]
+    }
+
+
+def _write_whole(path: Path, samples: dict[tuple[str, str, str], list[Record]]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as stream:
+        for records in samples.values():
+            stream.write("".join(json.dumps(record) + "\n" for record in records))
+    partial.replace(path)
 
 
 @dataclass(frozen=True)

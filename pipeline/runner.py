@@ -39,7 +39,7 @@ from pipeline.manifest import (
     finish,
     read_manifest,
 )
-from pipeline.schema import Config
+from pipeline.schema import Config, task_packages
 from pipeline.team import NOTICE, RankFailed, Team, launched
 from pipeline.validation import CHAIN, ConfigError, parse
 from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers
@@ -49,7 +49,7 @@ log = logging.getLogger("longgen")
 # What a user can mend: said in one line, without a traceback.
 USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError)
 # Stages whose results controls, seeds and ablations share.
-SHARED = ("fetch", "data_prep", "convert")
+SHARED = ("fetch", "fetch_tasks", "data_prep", "convert")
 PARTIAL = "partial.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -98,6 +98,8 @@ def stages_of(config: Config) -> tuple[str, ...]:
     stages = CHAIN if config.stage == "chain" else (config.stage,)
     if config.export.source == "convert" and config.stage == "chain":
         stages = tuple(stage for stage in stages if stage != "finetune")
+    if config.stage == "chain" and task_packages(config.eval):
+        stages = (stages[0], "fetch_tasks", *stages[1:])
     return stages
 
 
@@ -163,7 +165,9 @@ class Runner:
         """Where the stage's finished folder lies, or will lie."""
         if stage in SHARED:
             return self.root / "artifacts" / stage / self.wanted(stage)[2]
-        return self.root / self.config.name / self.config.variant / stage
+        named = getattr(stage_module(stage), "folder_name", None)
+        name = named(self.config) if named else stage
+        return self.root / self.config.name / self.config.variant / name
 
     def finished(self, stage: str) -> Path:
         """The finished folder of an input; StageError where it is absent or of another config."""
@@ -264,7 +268,7 @@ class Runner:
         with _disk_errors(final):
             out = self._partial_folder(stage, final, stage_log)
             self.team.tell("decision", {"out": str(out)})
-            context = StageContext(self.config, out, self.finished, stage_log)
+            context = self._context(out, stage_log)
             counts = stage_module(stage).run(context)
             self.team.meet("ran")
             finish(out, final, stage, depends_on, inputs, counts, started)
@@ -274,6 +278,12 @@ class Runner:
         log.info("%s: done in %.1f s", stage, time.time() - started)
         return counts
 
+    def _context(self, out: Path, stage_log: logging.Logger) -> StageContext:
+        team = self.team
+        return StageContext(
+            self.config, out, self.finished, stage_log, team.rank, team.size, team.meet
+        )
+
     def _follow(self, stage: str) -> dict[str, Any]:
         """What a rank beside rank 0 does: what rank 0 has decided."""
         decision = self.team.hear("decision")
@@ -282,7 +292,7 @@ class Runner:
         stage_log = logging.getLogger(f"longgen.{stage}")
         out = Path(decision["out"])
         with _disk_errors(out):
-            stage_module(stage).run(StageContext(self.config, out, self.finished, stage_log))
+            stage_module(stage).run(self._context(out, stage_log))
         self.team.meet("ran")
         return self.team.hear("counts")
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +13,12 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
 from pipeline.planning.rates import GPUS
+from pipeline.refusals import MEANINGFUL_NAME, ConfigError
+from pipeline.refusals import at_least as _at_least
+from pipeline.refusals import choice as _choice
+from pipeline.refusals import refuse as _refuse
 from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, TrainCase
+from pipeline.validation_of_eval import check_eval
 
 STAGES = (
     "fetch",
@@ -28,33 +31,9 @@ STAGES = (
     "generate",
     "benchmark",
     "plan",
+    "fetch_tasks",
 )
 CHAIN = STAGES[:7]
-MEANINGFUL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-class ConfigError(ValueError):
-    """A configuration that is refused; the message names value, legal values and remedy."""
-
-
-def _refuse(key: str, value: Any, legal: str, remedy: str) -> None:
-    raise ConfigError(f"{key}={value!r}: {legal}; {remedy}")
-
-
-def _choice(config: Config, key: str, legal: tuple) -> None:
-    value = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    if value not in legal:
-        _refuse(key, value, f"must be one of {', '.join(map(str, legal))}", f"set {key}")
-
-
-def _at_least(config: Config, key: str, least: float, above: bool = False) -> None:
-    value = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    if value is not None and not (value > least if above else value >= least):
-        _refuse(key, value, f"must be {'above' if above else 'at least'} {least}", f"set {key}")
 
 
 def _check_names(config: Config) -> None:
@@ -338,31 +317,6 @@ def _check_cluster(config: Config) -> None:
     _at_least(config, "cluster.evaluate_gpus", 0)
 
 
-def _check_eval(config: Config) -> None:
-    _choice(config, "export.source", ("finetune", "convert"))
-    _choice(config, "export.dtype", ("bf16", "fp32"))
-    for key, legal in (("tasks", ("perplexity", "niah")), ("models", ("base", "final"))):
-        unknown = sorted(set(getattr(config.eval, key)) - set(legal))
-        if unknown:
-            _refuse(f"eval.{key}", unknown, f"must be of {', '.join(legal)}", f"set eval.{key}")
-    for key in ("prefill_chunk", "perplexity.bucket", "perplexity.documents", "niah.samples"):
-        _at_least(config, f"eval.{key}", 1)
-    _choice(config, "generate.model", ("base", "final"))
-    lengths = config.eval.niah.lengths
-    if not lengths or min(lengths) < 1:
-        _refuse("eval.niah.lengths", lengths, "must name at least one length above 0", "set it")
-    depths = config.eval.niah.depths
-    if not all(0 <= depth <= 100 for depth in depths):
-        _refuse("eval.niah.depths", depths, "must be percentages from 0 to 100", "set them")
-    if config.eval.perplexity.min_length > config.eval.perplexity.max_length:
-        _refuse(
-            "eval.perplexity.min_length",
-            config.eval.perplexity.min_length,
-            f"must be at most eval.perplexity.max_length={config.eval.perplexity.max_length}",
-            "set either",
-        )
-
-
 CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_names,
     _check_model,
@@ -372,7 +326,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_benchmark,
     _check_plan,
     _check_cluster,
-    _check_eval,
+    check_eval,
 )
 
 

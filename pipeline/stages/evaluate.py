@@ -1,123 +1,360 @@
-"""evaluate: tasks on the model as fetched and as exported, one record after another."""
+"""evaluate: tasks on models, one record after another, on as many processes as there are GPUs.
+
+Every process takes its share of each model's samples and appends to a file of its own; what is
+there is never done again. Rank 0 gathers them. With eval.shard the stage does one part of several,
+in a folder of its own, and stage=evaluate without it takes over the parts it finds.
+"""
 
 from __future__ import annotations
 
-import logging
-import time
+import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer
 
 from data_prep.shards import HeldOutDocuments
-from pipeline.manifest import StageContext
-from pipeline.records import Journal, read_records
-from pipeline.schema import Config
-from pipeline.stages.export import load_source
-from pipeline.tasks import kv_bytes, niah, perplexity
+from pipeline import packages
+from pipeline.evaluated_model import FINAL, OWN, EvaluatedModel, needs_export, open_model
+from pipeline.manifest import StageContext, StageError, read_manifest
+from pipeline.progress import track_work
+from pipeline.records import Journal, Record, read_records
+from pipeline.schema import Config, EvalSection, task_packages
+from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler
+from pipeline.tasks.material import Material
+from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 
-INPUTS = ("fetch", "data_prep", "export")
 RESUMABLE = True
-TASKS = {"perplexity": perplexity, "niah": niah, "kv_bytes": kv_bytes}
-LOG_SECONDS = 15.0
+DISTRIBUTED = True
+# Asked a prompt and graded by its answer; measured on what the model computes.
+ASKED: dict[str, ModuleType] = {"niah": niah, "ruler": ruler, "babilong": babilong}
+MEASURED: dict[str, ModuleType] = {"perplexity": perplexity, "kv_bytes": kv_bytes}
+RECORDS = "records.jsonl"
+# A prompt of more tokens has room for any task's question.
+TIGHT = 4096
+
+
+def inputs(config: Config) -> tuple[str, ...]:
+    """The export only where a model is made of it, packages of tasks only where they are named."""
+    export = ("export",) if needs_export(config) else ()
+    tasks = ("fetch_tasks",) if task_packages(config.eval) else ()
+    return ("fetch", *tasks, "data_prep", *export)
+
+
+INPUTS = inputs
 
 
 def depends_on(config: Config) -> dict[str, Any]:
-    """The eval section: which tasks, models, lengths and seeds."""
-    return {"eval": asdict(config.eval)}
+    """Of the eval section what decides a record: its models, and the sections of its tasks."""
+    values = asdict(config.eval)
+    kept = ("tasks", "models", "folders", "prose", "prefill_chunk", "shard", *config.eval.tasks)
+    return {"eval": {key: value for key, value in values.items() if key in kept}}
 
 
-def load_model(name: str, context: StageContext) -> Any:
-    """The "base" (as fetched, every layer full) or "final" (as exported) model, on the device.
-
-    On a GPU in the exported dtype, on a CPU in float32, in which a CPU is faster.
-    """
-    config = context.config
-    on_cpu = config.device == "cpu" or config.export.dtype == "fp32"
-    dtype = torch.float32 if on_cpu else torch.bfloat16
-    transformers_logging.disable_progress_bar()
-    if name == "base":
-        folder = context.folder("fetch") / "model"
-        return load_source(folder, dtype, config.device, config.model.allow_pickle)
-    model = AutoModelForCausalLM.from_pretrained(
-        context.folder("export"), trust_remote_code=True, dtype=dtype
-    )
-    return model.to(config.device).eval()
+def folder_name(config: Config) -> str:
+    """`evaluate`, or `evaluate_1of4` of a part."""
+    if config.eval.shard is None:
+        return "evaluate"
+    return "evaluate_" + config.eval.shard.replace("/", "of")
 
 
-def track(samples: Sequence[Any], label: str, log: logging.Logger) -> Iterator[Any]:
-    """Yield the samples and say how far they are by tokens: a bar on a terminal, else lines."""
-    total = sum(len(sample.tokens) for sample in samples)
-    started = spoken = time.monotonic()
-    done, console = 0, Console()
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}% of {task.total:,} tokens"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(label, total=total)
-        for number, sample in enumerate(samples, 1):
-            yield sample
-            done += len(sample.tokens)
-            bar.update(task, completed=done)
-            now = time.monotonic()
-            if not console.is_terminal and now - spoken >= LOG_SECONDS:
-                spoken = now
-                left = (now - started) * (total - done) / done
-                log.info("%s: %d of %d samples, %.0f s left", label, number, len(samples), left)
-    log.info("%s: %d samples in %.1f s", label, len(samples), time.monotonic() - started)
+class Retokenized(Sequence):
+    """Documents in another tokenizer's ids, <bos> first, made when they are asked for."""
+
+    def __init__(self, documents: Sequence[np.ndarray], old: Any, new: Any) -> None:
+        self.documents, self.old, self.new = documents, old, new
+        self._made: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if index not in self._made:
+            text = self.old.decode(self.documents[index][1:])
+            self._made[index] = with_bos(self.new, encode(self.new, text))
+        return self._made[index]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one task that a model takes together; of a measured task one."""
+
+    task: str
+    samples: list[Any]
+
+    @property
+    def tokens(self) -> int:
+        """Of all its prompts, about."""
+        return max(1, sum(map(size, self.samples)))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give the same ids."""
+    if one is other:
+        return True
+    told = [getattr(each, "backend_tokenizer", None) for each in (one, other)]
+    specials = [(each.bos_token_id, each.eos_token_id) for each in (one, other)]
+    return None not in told and specials[0] == specials[1] and told[0].to_str() == told[1].to_str()
+
+
+def size(sample: Any) -> int:
+    """Tokens of a sample, the answer's among them."""
+    return sample.length if isinstance(sample, Sample) else len(sample.tokens)
+
+
+def batches(samples: list[tuple[str, Any]], batch_tokens: int) -> list[Batch]:
+    """Neighbours of one task, answer and about one length together, to at most `batch_tokens`."""
+    found: list[Batch] = []
+    for task, sample in samples:
+        last = found[-1] if found else None
+        if last and task in ASKED and last.task == task:
+            first, count = last.samples[0], len(last.samples) + 1
+            # A row is padded to the longest, which is the first.
+            alike = sample.answer_tokens == first.answer_tokens and 2 * size(sample) > size(first)
+            if alike and count * size(first) <= batch_tokens:
+                last.samples.append(sample)
+                continue
+        found.append(Batch(task, [sample]))
+    return found
+
+
+class Evaluation:
+    """One process's part of the stage."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self.section: EvalSection = context.config.eval
+        self.base_tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
+        documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
+        self.own_material = self._material(self.base_tokenizer, documents)
+        self._samples: dict[str, list[tuple[str, Any]]] = {}
+        self._tokenizers: dict[str, Any] = {}
+        part, parts = map(int, (self.section.shard or "1/1").split("/"))
+        self.share = (part - 1) * context.size + context.rank, parts * context.size
+
+    def _material(self, tokenizer: Any, documents: Sequence[np.ndarray]) -> Material:
+        wanted = self.section
+        return Material(
+            tokenizer,
+            documents,
+            self._folder("eval.prose", wanted.prose),
+            self._folder("eval.ruler.data", wanted.ruler.data),
+            self._folder("eval.ruler.words", wanted.ruler.words),
+        )
+
+    def _folder(self, key: str, source: str | None) -> Path | None:
+        """Where a package was unpacked, or the folder itself."""
+        if source is None:
+            return None
+        if source in task_packages(self.section):
+            return self.context.folder("fetch_tasks") / packages.folder_name(source)
+        folder = Path(source).expanduser()
+        needed = {"ruler"} | ({"babilong"} if key == "eval.prose" else set())
+        if needed & set(self.section.tasks) and not folder.is_dir():
+            raise StageError(
+                f"{key}={source!r}: is no folder; set it to one, to pypi:NAME==VERSION or to null"
+            )
+        return folder
+
+    def samples(self, name: str) -> list[tuple[str, Any]]:
+        """(task, sample) of everything that a model is asked, longest first within a task.
+
+        In the base model's ids, so that all models of one run see the same; a model of another
+        folder is asked in those of its own tokenizer, if that is another one.
+        """
+        whose = "" if _same(self.tokenizer(name), self.base_tokenizer) else name
+        if whose not in self._samples:
+            material = self.own_material
+            if whose:
+                new = self.tokenizer(name)
+                documents = Retokenized(material.documents, self.base_tokenizer, new)
+                material = self._material(new, documents)
+            self._samples[whose] = self._build(material)
+        # A cache is what this project makes smaller; every layer of the base is full.
+        return [pair for pair in self._samples[whose] if pair[0] != "kv_bytes" or name == FINAL]
+
+    def tokenizer(self, name: str) -> Any:
+        """The one that a model is asked in."""
+        if name in OWN:
+            return self.base_tokenizer
+        if name not in self._tokenizers:
+            folder = self.section.folders[name]
+            try:
+                found = AutoTokenizer.from_pretrained(Path(folder).expanduser())
+            except (OSError, ValueError) as error:
+                raise StageError(
+                    f"eval.folders.{name}={folder!r}: holds no tokenizer that can be loaded "
+                    f"({str(error).splitlines()[0]}); put the model's tokenizer there, or leave it "
+                    "out of eval.models"
+                ) from error
+            self._tokenizers[name] = found
+        return self._tokenizers[name]
+
+    def _build(self, material: Material) -> list[tuple[str, Any]]:
+        found = []
+        for task in (*self.section.tasks, "kv_bytes"):
+            module = ASKED.get(task) or MEASURED[task]
+            built = module.build(self.section, material)
+            if task == "perplexity":
+                self._tell_documents(len(built))
+            if task in ASKED:
+                _try_shortest(built)
+            built.sort(key=lambda s: (-size(s), -getattr(s, "answer_tokens", 0)))
+            found += [(task, sample) for sample in built]
+        return found
+
+    def _tell_documents(self, found: int) -> None:
+        wanted = self.section.perplexity
+        if found < wanted.documents:
+            self.context.log.warning(
+                "perplexity: only %d of %d documents: no more held-out ones have %d tokens",
+                *(found, wanted.documents, wanted.min_length),
+            )
+
+    def run(self, name: str, journal: Journal) -> None:
+        """This process's samples of one model that are not in the journal yet."""
+        index, parts = self.share
+        mine = [
+            (task, sample)
+            for task, sample in self.samples(name)[index::parts]
+            if (name, task, sample.key) not in journal.done
+        ]
+        if not mine:
+            return
+        model = open_model(name, self.context, self.tokenizer(name))
+        self._tell_lengths(name, model, mine)
+        described = self.context.out / f"model_{model.id}.json"
+        described.write_text(json.dumps(model.described, indent=2) + "\n")
+        work = batches(mine, self.section.batch_tokens)
+        label = name if parts == 1 else f"{name}, part {index + 1} of {parts}"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # Prompts are made beside the model's work, which most of that time holds no lock.
+            made = {id(sample): pool.submit(sample.make) for task, sample in mine if task in ASKED}
+            try:
+                tokens = [batch.tokens for batch in work]
+                for batch in track_work(work, tokens, label, self.context.log):
+                    for sample, records in self._records(name, model, batch, made):
+                        journal.append(name, batch.task, sample.key, records)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _records(
+        self, name: str, model: EvaluatedModel, batch: Batch, made: dict[int, Future]
+    ) -> Iterator[tuple[Any, list[Record]]]:
+        if batch.task in MEASURED:
+            (sample,) = batch.samples
+            records = MEASURED[batch.task].measure(sample, model, self.section)
+            yield sample, [{**record, "manifest": model.id} for record in records]
+            return
+        prompts: list[Prompt] = [made.pop(id(sample)).result() for sample in batch.samples]
+        answers = model.answers([p.tokens for p in prompts], prompts[0].answer_tokens)
+        tokenizer, grade = self.tokenizer(name), ASKED[batch.task].score
+        for sample, prompt, ids in zip(batch.samples, prompts, answers, strict=True):
+            answer = tokenizer.decode(ids, skip_special_tokens=True)
+            yield sample, [record_of(sample, prompt, answer, grade, model)]
+
+    def _tell_lengths(self, name: str, model: EvaluatedModel, mine: list[tuple[str, Any]]) -> None:
+        beyond = sorted({size(sample) for _, sample in mine if is_beyond(size(sample), model)})
+        if beyond:
+            self.context.log.warning(
+                "%s: %s tokens are beyond the %d that it was trained on: evaluated, and marked "
+                "beyond_context",
+                *(name, ", ".join(map(str, beyond[-4:])), model.context),
+            )
+
+
+def _try_shortest(samples: list[Sample]) -> None:
+    """Make one prompt of each subtask's least length: too short a one is said before any work."""
+    least: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.length < least.get(sample.subtask, sample).length or sample.subtask not in least:
+            least[sample.subtask] = sample
+    for sample in least.values():
+        if sample.length <= TIGHT:
+            sample.make()
+
+
+def is_beyond(length: int, model: EvaluatedModel) -> bool:
+    """Whether a length is above the context that the model was trained on."""
+    return model.context is not None and length > model.context
+
+
+def record_of(
+    sample: Sample, prompt: Prompt, answer: str, grade: Any, model: EvaluatedModel
+) -> Record:
+    """A sample's record: all that says what was asked, of whom, what came and what it is worth."""
+    return {
+        "subtask": sample.subtask,
+        "seed": sample.seed,
+        "length": sample.length,
+        "depth": prompt.depth,
+        "template": prompt.template,
+        "prompt_tokens": len(prompt.tokens),
+        "prompt_sha256": prompt.sha256(),
+        **prompt.fields,
+        "expected": list(prompt.expected),
+        "answer": answer,
+        "score": grade(sample.subtask, prompt, answer),
+        "beyond_context": is_beyond(sample.length, model),
+        "manifest": model.id,
+    }
+
+
+def parts_of(context: StageContext) -> list[Path]:
+    """Records of finished parts (eval.shard) of this very evaluation."""
+    if context.config.eval.shard is not None:
+        return []
+    wanted = json.loads(json.dumps(depends_on(context.config)["eval"], default=str))
+    found = []
+    for folder in sorted(context.out.parent.glob("evaluate_*of*")):
+        manifest = read_manifest(folder)
+        if manifest and {**manifest["config"]["eval"], "shard": None} == wanted:
+            found.append(folder / RECORDS)
+    return found
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write records.jsonl; samples that an earlier, killed run finished are kept.
+    """Write records.jsonl, and of each model a model_ID.json; what was finished before is kept.
 
     Raises:
-        StageError: where the held-out documents do not suffice for a task (see the tasks).
+        StageError: where the held-out documents or files do not suffice for a task (see the
+            tasks), or a model cannot be loaded.
     """
-    section, log = context.config.eval, context.log
-    # The base model's for both models, so that both see the same ids.
-    tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
-    documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
-    samples = {
-        name: TASKS[name].build(section, tokenizer, documents)
-        for name in (*section.tasks, "kv_bytes")
-    }
-    found = len(samples.get("perplexity", []))
-    if "perplexity" in section.tasks and found < section.perplexity.documents:
-        log.warning(
-            "perplexity: only %d of %d documents: no more held-out ones have %d tokens",
-            found,
-            section.perplexity.documents,
-            section.perplexity.min_length,
-        )
-    path = context.out / "records.jsonl"
-    journal = Journal(path)
+    if context.config.device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    evaluation = Evaluation(context)
+    for name in context.config.eval.models:
+        # Whatever a task lacks is said before any model is loaded.
+        evaluation.samples(name)
+    finished = parts_of(context)
+    own = context.out / (f"records.{context.rank}.jsonl" if context.rank else RECORDS)
+    journal = Journal(own, [*finished, *_files_of_ranks(context.out, own)])
     if journal.done:
-        log.info("%d samples were finished before and are kept", len(journal.done))
-    for name in section.models:
-        # Every layer of the base is full: its cache is what full_bytes says.
-        tasks = [task for task in samples if task != "kv_bytes" or name == "final"]
-        left = {
-            task: [s for s in samples[task] if (name, task, s.key) not in journal.done]
-            for task in tasks
-        }
-        if not any(left.values()):
-            continue
-        model = load_model(name, context)
-        for task, mine in left.items():
-            for sample in track(mine, f"{name} {task}", log):
-                records = TASKS[task].score(sample, model, tokenizer, section)
-                journal.append(name, task, sample.key, records)
-        del model
-    written = Counter(f"{r['model']} {r['task']}" for r in read_records(path))
+        context.log.info("%d samples were finished before and are kept", len(journal.done))
+    for name in context.config.eval.models:
+        evaluation.run(name, journal)
+    context.meet("evaluated")
+    if context.rank:
+        return {}
+    others = _files_of_ranks(context.out, own)
+    journal.gather([*finished, *others])
+    for path in others:
+        path.unlink()
+    for part in finished:
+        for path in part.parent.glob("model_*.json"):
+            shutil.copyfile(path, context.out / path.name)
+    written = Counter(f"{r['model']} {r['task']}" for r in read_records(own))
     return {"records": dict(written)}
+
+
+def _files_of_ranks(folder: Path, own: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("records*.jsonl") if path != own)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
+from pipeline.evaluated_model import load_model
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
-from pipeline.stages.evaluate import load_model
 
 INPUTS = ("fetch", "export")
 # A prompt is asked to be answered, not to be up to date.

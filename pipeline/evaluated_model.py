@@ -1,0 +1,249 @@
+"""The models that are evaluated, of our class or any that transformers knows, behind one face."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from kernels.pattern import Pattern
+from model.config import describe_schedule
+from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from pipeline.manifest import StageContext, StageError, digest, read_manifest
+from pipeline.schema import Config
+from pipeline.stages.export import load_source
+
+BASE, FINAL, REDUCED, BASE_REDUCED = "base", "final", "reduced", "base_reduced"
+OWN = (BASE, FINAL, REDUCED, BASE_REDUCED)
+# Columns of a stock model that take their logits together.
+STOCK_CHUNK = 1024
+
+
+@dataclass
+class EvaluatedModel:
+    """A causal language model and how tasks use it. `described` is a file beside the records.
+
+    ours: whether it is a LongGen model, which takes prompts in chunks of `prefill_chunk` columns
+    into its own small cache; any other goes through transformers' generate.
+    """
+
+    model: Any
+    eos: frozenset[int]
+    ours: bool
+    prefill_chunk: int
+    described: dict[str, Any]
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest text that it was trained on, where its configuration says so."""
+        return self.described["context"]
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the description, which every record carries."""
+        return digest(self.described)
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[np.ndarray], new_tokens: int) -> list[list[int]]:
+        """Greedy continuations of the prompts, each to <eos> (left out) or `new_tokens` tokens."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        found = (self._own if self.ours else self._stock)(ids, mask, new_tokens)
+        return [self._to_eos(row) for row in found.tolist()]
+
+    def _to_eos(self, row: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(row) if token in self.eos]
+        return row[: ends[0]] if ends else row
+
+    def _own(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        mask = None if bool(mask.all()) else mask
+        cache, logits = self.model.prefill(ids, self.prefill_chunk, mask)
+        ends = torch.tensor(sorted(self.eos), device=ids.device)
+        found = [logits.argmax(-1)]
+        ended = torch.isin(found[-1], ends)
+        while len(found) < new_tokens and not bool(ended.all()):
+            # A row that has ended goes on beside the others, and is cut afterwards.
+            step = self.model(found[-1][:, None], past_key_values=cache, use_cache=True)
+            found.append(step.logits[:, -1].argmax(-1))
+            ended |= torch.isin(found[-1], ends)
+        return torch.stack(found, dim=1)
+
+    def _stock(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        found = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.eos) or None,
+            pad_token_id=min(self.eos, default=0),
+        )
+        return found[:, ids.shape[1] :]
+
+    @torch.no_grad()
+    def token_losses(self, tokens: np.ndarray) -> torch.Tensor:
+        """-log p(token t + 1 | ..t) in nats, float64 [tokens - 1] on the host."""
+        ids = torch.from_numpy(np.asarray(tokens, np.int64))[None].to(self.model.device)
+        if self.ours:
+            return self.model.token_losses(ids)[0].double().cpu()
+        parts, cache = [], None
+        for start in range(0, ids.shape[1] - 1, STOCK_CHUNK):
+            given = ids[:, start : min(start + STOCK_CHUNK, ids.shape[1] - 1)]
+            out = self.model(given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            target = ids[0, start + 1 : start + 1 + given.shape[1]]
+            parts.append(cross_entropy(out.logits[0].float(), target, reduction="none"))
+        return torch.cat(parts).double().cpu()
+
+    @torch.no_grad()
+    def cache_of(self, tokens: np.ndarray) -> Any:
+        """The KV cache of our model after these tokens."""
+        ids = torch.from_numpy(tokens)[None].to(self.model.device)
+        return self.model.prefill(ids, self.prefill_chunk)[0]
+
+
+def reduced(config: LongGenConfig, pattern: Pattern) -> LongGenConfig:
+    """The same weights with no full layer: sink tokens and window alone, at the full layers' RoPE.
+
+    Raises:
+        StageError: where full and sparse layers have RoPE bases of their own.
+    """
+    if config.sparse_rope != config.rope and not all(config.is_full):
+        raise StageError(
+            f"eval.models: reduced: layers have different RoPE ({config.rope} and "
+            f"{config.sparse_rope}); the weights must have one; leave reduced out of eval.models"
+        )
+    config.is_full = [False] * config.num_hidden_layers
+    config.pattern, config.sparse_rope = asdict(replace(pattern, stride=None)), dict(config.rope)
+    return config
+
+
+def load_model(name: str, context: StageContext) -> Any:
+    """The model of a name in eval.models, on the device.
+
+    "base" as fetched, every layer full; "final" as exported; those and "reduced" with their name's
+    schedule. On a GPU in bfloat16, on a CPU in float32, in which a CPU is faster.
+
+    Raises:
+        StageError: where a folder of eval.folders holds no model, or one of remote code.
+    """
+    config = context.config
+    on_cpu = config.device == "cpu" or config.export.dtype == "fp32"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    transformers_logging.disable_progress_bar()
+    if name == BASE:
+        folder = context.folder("fetch") / "model"
+        return load_source(folder, dtype, config.device, config.model.allow_pickle)
+    if name == FINAL:
+        model = AutoModelForCausalLM.from_pretrained(
+            context.folder("export"), trust_remote_code=True, dtype=dtype
+        )
+        return model.to(config.device).eval()
+    pattern = Pattern(**asdict(config.pattern))
+    if name == BASE_REDUCED:
+        model = load_source(
+            context.folder("fetch") / "model", dtype, "cpu", config.model.allow_pickle
+        )
+        weights = model.state_dict()
+        model = LongGenForCausalLM(reduced(model.config, pattern)).to(dtype)
+        model.load_state_dict(weights)
+    elif name == REDUCED:
+        folder = context.folder("export")
+        model = LongGenForCausalLM.from_pretrained(
+            folder, config=reduced(LongGenConfig.from_pretrained(folder), pattern), dtype=dtype
+        )
+    else:
+        model = _foreign(name, Path(config.eval.folders[name]).expanduser(), dtype, context.log)
+    return model.to(config.device).eval()
+
+
+def _foreign(name: str, folder: Path, dtype: torch.dtype, log: logging.Logger) -> Any:
+    """A folder's model by transformers' or our own class; the folder's own code never runs."""
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind == LongGenConfig.model_type:
+            return LongGenForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise StageError(
+            f"eval.folders.{name}={str(folder)!r}: holds no model that transformers can load "
+            f"without code of its own ({str(error).splitlines()[0]}); set it to a Hugging Face "
+            "folder with config.json and safetensors"
+        ) from error
+    log.warning(
+        "%s: %s is no LongGen export: evaluated as a plain transformers model (%s), on its own "
+        "attention and cache",
+        *(name, folder, type(model).__name__),
+    )
+    return model
+
+
+def model_folder(name: str, context: StageContext) -> Path:
+    """Where the weights of a name in eval.models lie."""
+    if name in (BASE, BASE_REDUCED):
+        return context.folder("fetch") / "model"
+    if name in (FINAL, REDUCED):
+        return context.folder("export")
+    return Path(context.config.eval.folders[name]).expanduser()
+
+
+def describe(name: str, model: Any, context: StageContext) -> dict[str, Any]:
+    """What a record's model is: its source, shape, schedule, RoPE, dtype and trained context."""
+    folder, config = model_folder(name, context), model.config
+    manifest = read_manifest(folder) or read_manifest(folder.parent) or {}
+    ours = hasattr(model, "new_cache")
+    found = {
+        "name": name,
+        "source": manifest.get("id") or str(folder),
+        "class": type(model).__name__,
+        "longgen": ours,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context": getattr(config, "max_position_embeddings", None),
+        "layers": getattr(config, "num_hidden_layers", None),
+    }
+    if ours:
+        found |= {
+            "schedule": describe_schedule(tuple(config.is_full)),
+            "pattern": None if all(config.is_full) else config.pattern,
+            "rope": config.rope,
+            "sparse_rope": config.sparse_rope,
+        }
+    return found
+
+
+def open_model(name: str, context: StageContext, tokenizer: Any) -> EvaluatedModel:
+    """Load a model of eval.models; <eos> is what its tokenizer and its configurations call so.
+
+    Raises:
+        StageError: see load_model.
+    """
+    model = load_model(name, context)
+    ends: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (
+        tokenizer.eos_token_id,
+        model.config.eos_token_id,
+        getattr(generation, "eos_token_id", None),
+    ):
+        ends |= set(value if isinstance(value, list) else [] if value is None else [value])
+    chunk = context.config.eval.prefill_chunk
+    described = describe(name, model, context)
+    return EvaluatedModel(model, frozenset(ends), described["longgen"], chunk, described)
+
+
+def needs_export(config: Config) -> bool:
+    """Whether any of eval.models is made of the exported folder."""
+    return bool({FINAL, REDUCED} & set(config.eval.models))
