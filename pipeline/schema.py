@@ -276,6 +276,7 @@ class BabilongSection:
 class EvalSection:
     """conf/eval: tasks, and the models they run on.
 
+    name: of a suite (conf/suite), whose stages write to evaluate_NAME and report_NAME.
     models: base (as fetched), final (as exported), reduced and base_reduced (the same weights with
     no full layer: sink tokens and window alone), or a name of `folders`, which are folders of other
     models. prose: what RULER's essays and BABILong's book are: a folder of text files or of RULER's
@@ -284,6 +285,7 @@ class EvalSection:
     arrays; stage=evaluate without it then gathers the parts.
     """
 
+    name: str | None = None
     tasks: list[str] = field(default_factory=lambda: ["perplexity", "niah"])
     models: list[str] = field(default_factory=lambda: ["base", "final"])
     folders: dict[str, str] = field(default_factory=dict)

@@ -17,6 +17,9 @@ def check_eval(config: Config) -> None:
     section = config.eval
     choice(config, "export.source", ("finetune", "convert"))
     choice(config, "export.dtype", ("bf16", "fp32"))
+    if section.name is not None and not MEANINGFUL_NAME.fullmatch(section.name):
+        legal = "must be letters, digits, '_', '-' and '.'"
+        refuse("eval.name", section.name, legal, "choose another name")
     known("eval.tasks", section.tasks, TASKS, "set eval.tasks")
     for name in section.folders:
         if not MEANINGFUL_NAME.fullmatch(name) or name in MODELS:

@@ -29,6 +29,7 @@ from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.progress import track_work
 from pipeline.records import Journal, Record, read_records
 from pipeline.schema import Config, EvalSection, task_packages
+from pipeline.scores import Cell, averages, cells, write_csv
 from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
@@ -61,10 +62,9 @@ def depends_on(config: Config) -> dict[str, Any]:
 
 
 def folder_name(config: Config) -> str:
-    """`evaluate`, or `evaluate_1of4` of a part."""
-    if config.eval.shard is None:
-        return "evaluate"
-    return "evaluate_" + config.eval.shard.replace("/", "of")
+    """`evaluate`, `evaluate_NAME` of a suite, and of a part with `_1of4`."""
+    parts = ("evaluate", config.eval.name, (config.eval.shard or "").replace("/", "of"))
+    return "_".join(filter(None, parts))
 
 
 class Retokenized(Sequence):
@@ -315,7 +315,7 @@ def parts_of(context: StageContext) -> list[Path]:
         return []
     wanted = json.loads(json.dumps(depends_on(context.config)["eval"], default=str))
     found = []
-    for folder in sorted(context.out.parent.glob("evaluate_*of*")):
+    for folder in sorted(context.out.parent.glob(f"{folder_name(context.config)}_*of*")):
         manifest = read_manifest(folder)
         if manifest and {**manifest["config"]["eval"], "shard": None} == wanted:
             found.append(folder / RECORDS)
@@ -352,8 +352,22 @@ def run(context: StageContext) -> dict[str, Any]:
     for part in finished:
         for path in part.parent.glob("model_*.json"):
             shutil.copyfile(path, context.out / path.name)
-    written = Counter(f"{r['model']} {r['task']}" for r in read_records(own))
-    return {"records": dict(written)}
+    records = read_records(own)
+    scores = cells(records)
+    if scores:
+        write_csv(context.out / "scores.csv", scores)
+    written = Counter(f"{r['model']} {r['task']}" for r in records)
+    return {"records": dict(written), "scores": summary(scores)}
+
+
+def summary(scores: list[Cell]) -> dict[str, str]:
+    """ "final ruler at 4096": mean of the subtasks and its standard error."""
+    kinds = dict.fromkeys((cell.model, cell.task) for cell in scores)
+    return {
+        f"{model} {task} at {length}": str(mean)
+        for model, task in kinds
+        for length, mean in averages(scores, model, task).items()
+    }
 
 
 def _files_of_ranks(folder: Path, own: Path) -> list[Path]:

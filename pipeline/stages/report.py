@@ -40,6 +40,11 @@ def inputs(config: Config) -> tuple[str, ...]:
 INPUTS = inputs
 
 
+def folder_name(config: Config) -> str:
+    """`report`, or `report_NAME` of a suite."""
+    return "_".join(filter(None, ("report", config.eval.name)))
+
+
 def depends_on(config: Config) -> dict[str, Any]:
     """What the page names, and the two lengths that its pictures mark."""
     return {

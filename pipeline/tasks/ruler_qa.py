@@ -26,7 +26,8 @@ PROMPT = (
     "\n\nQuestion: {query} Answer:"
 )
 DOCUMENT = "Document {number}:\n{text}"
-# So many other documents are looked at for the one that fills what is left.
+# So many other documents are looked at for the one that fills what is left, and so many questions
+# for one whose own documents fit.
 CANDIDATES = 400
 TRIES = 6
 
@@ -69,6 +70,15 @@ class Questions:
             self.sizes[index] = len(encode(self.tokenizer, text))
         return self.sizes[index]
 
+    def _question(self, rng: random.Random, room: int) -> Question:
+        """One whose own documents fit, if any of several does."""
+        for _ in range(CANDIDATES):
+            question = rng.choice(self.questions)
+            asked = len(encode(self.tokenizer, PROMPT.format(context="", query=question.query)))
+            if asked + sum(map(self._size, question.own)) < room:
+                break
+        return question
+
     def write(self, name: str, room: int) -> tuple[Text, np.ndarray]:
         """A prompt of at most `room` tokens, <bos> among them, as full as documents allow.
 
@@ -76,7 +86,7 @@ class Questions:
             StageError: where the question's own documents do not fit.
         """
         rng = random.Random(name)
-        question = rng.choice(self.questions)
+        question = self._question(rng, room)
         near = list(question.near)
         rng.shuffle(near)
         taken = {*question.own, *near}

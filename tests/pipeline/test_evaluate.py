@@ -114,7 +114,7 @@ def test_only_the_chosen_tasks_and_models_run(finished, tmp_path, monkeypatch):
     config = small_config()
     config.eval.tasks, config.eval.models = ["perplexity"], ["base"]
     counts, records, _ = rerun(finished, tmp_path, monkeypatch, None, config)
-    assert counts["records"] == {"base perplexity": 8}
+    assert counts == {"records": {"base perplexity": 8}, "scores": {}}
     expected = [json.loads(line) for line in finished[2].splitlines()]
     assert records == [r for r in expected if r["task"] == "perplexity" and r["model"] == "base"]
 
