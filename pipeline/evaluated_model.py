@@ -94,6 +94,29 @@ class EvaluatedModel:
         return found[:, ids.shape[1] :]
 
     @torch.no_grad()
+    def last_logits(self, rows: Sequence[np.ndarray], counts: Sequence[int]) -> list[torch.Tensor]:
+        """Logits [count, V] at the last `count` tokens of each row, rows of any lengths."""
+        device = self.model.device
+        if self.ours:
+            lengths = torch.tensor([len(row) for row in rows])
+            ends = lengths.cumsum(0)
+            kept = [torch.arange(end - n, end) for end, n in zip(ends, counts, strict=True)]
+            ids = torch.from_numpy(np.concatenate(rows))[None].to(device)
+            bounds = torch.cat([torch.zeros(1, dtype=ends.dtype), ends])
+            columns = torch.cat(kept).to(device)
+            logits = self.model(ids, cu_seqlens=bounds, logits_to_keep=columns).logits[0]
+            return list(logits.split(list(counts)))
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        for place, row in enumerate(rows):
+            # Padding stands behind, where no token of the row sees it.
+            ids[place, : len(row)] = torch.from_numpy(row)
+        logits = self.model(ids.to(device)).logits
+        return [
+            logits[place, len(row) - count : len(row)]
+            for place, (row, count) in enumerate(zip(rows, counts, strict=True))
+        ]
+
+    @torch.no_grad()
     def token_losses(self, tokens: np.ndarray) -> torch.Tensor:
         """-log p(token t + 1 | ..t) in nats, float64 [tokens - 1] on the host."""
         ids = torch.from_numpy(np.asarray(tokens, np.int64))[None].to(self.model.device)

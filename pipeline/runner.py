@@ -39,7 +39,8 @@ from pipeline.manifest import (
     finish,
     read_manifest,
 )
-from pipeline.schema import Config, task_packages
+from pipeline.schema import Config
+from pipeline.schema_of_eval import task_packages
 from pipeline.team import NOTICE, RankFailed, Team, launched
 from pipeline.validation import CHAIN, ConfigError, parse
 from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers

@@ -8,7 +8,7 @@ from pipeline.refusals import MEANINGFUL_NAME, at_least, choice, known, refuse
 from pipeline.schema import Config
 from pipeline.tasks import babilong, niah, ruler
 
-TASKS = ("perplexity", "niah", "ruler", "babilong")
+TASKS = ("perplexity", "niah", "ruler", "babilong", "short")
 MODELS = ("base", "final", "reduced", "base_reduced")
 
 
@@ -39,6 +39,11 @@ def check_eval(config: Config) -> None:
         if not lengths or min(lengths) < 1:
             legal = "must name at least one length above 0"
             refuse(f"eval.{key}.lengths", lengths, legal, "set it")
+    for key in ("limit", "shots"):
+        at_least(config, f"eval.short.{key}", 1 if key == "limit" else 0)
+    if "short" in section.tasks and not section.short.tasks:
+        legal = "must name at least one task, since eval.tasks names short"
+        refuse("eval.short.tasks", [], legal, "set eval.short.tasks")
     depths, needles = section.niah.depths, section.niah.needles
     if not all(0 <= depth <= 100 for depth in depths):
         refuse("eval.niah.depths", depths, "must be percentages from 0 to 100", "set them")

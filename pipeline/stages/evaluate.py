@@ -28,9 +28,10 @@ from pipeline.evaluated_model import FINAL, OWN, EvaluatedModel, needs_export, o
 from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.progress import track_work
 from pipeline.records import Journal, Record, read_records
-from pipeline.schema import Config, EvalSection, task_packages
+from pipeline.schema import Config
+from pipeline.schema_of_eval import EvalSection, task_packages
 from pipeline.scores import Cell, averages, cells, write_csv
-from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler
+from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler, short
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 
@@ -38,7 +39,11 @@ RESUMABLE = True
 DISTRIBUTED = True
 # Asked a prompt and graded by its answer; measured on what the model computes.
 ASKED: dict[str, ModuleType] = {"niah": niah, "ruler": ruler, "babilong": babilong}
-MEASURED: dict[str, ModuleType] = {"perplexity": perplexity, "kv_bytes": kv_bytes}
+MEASURED: dict[str, ModuleType] = {
+    "perplexity": perplexity,
+    "short": short,
+    "kv_bytes": kv_bytes,
+}
 RECORDS = "records.jsonl"
 # A prompt of more tokens has room for any task's question.
 TIGHT = 4096
@@ -332,6 +337,10 @@ def run(context: StageContext) -> dict[str, Any]:
     if context.config.device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     evaluation = Evaluation(context)
+    skipped = {"short": short.missing()} if "short" in context.config.eval.tasks else {}
+    skipped = {task: reason for task, reason in skipped.items() if reason}
+    for task, reason in skipped.items():
+        context.log.warning("eval.tasks: %s is skipped: %s", task, reason)
     for name in context.config.eval.models:
         # Whatever a task lacks is said before any model is loaded.
         evaluation.samples(name)
@@ -357,7 +366,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if scores:
         write_csv(context.out / "scores.csv", scores)
     written = Counter(f"{r['model']} {r['task']}" for r in records)
-    return {"records": dict(written), "scores": summary(scores)}
+    return {"records": dict(written), "scores": summary(scores), "skipped": skipped}
 
 
 def summary(scores: list[Cell]) -> dict[str, str]:

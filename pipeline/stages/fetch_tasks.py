@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline import packages
 from pipeline.manifest import StageContext
-from pipeline.schema import Config, task_packages
+from pipeline.schema import Config
+from pipeline.schema_of_eval import task_packages
 
 INPUTS = ()
 

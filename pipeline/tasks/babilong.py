@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.manifest import StageError
-from pipeline.schema import EvalSection
+from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.babi_worlds import OBJECTS, PLACES, TRADERS, WORLDS, Story
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, Text, encode, fit, with_bos

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluated_model import EvaluatedModel
-from pipeline.schema import EvalSection
+from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 
 

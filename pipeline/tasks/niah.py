@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.manifest import StageError
-from pipeline.schema import EvalSection
+from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.evaluated_model import EvaluatedModel
 from pipeline.manifest import StageError
-from pipeline.schema import EvalSection
+from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 
 

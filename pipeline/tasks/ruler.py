@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.schema import EvalSection
+from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 from pipeline.tasks.ruler_lists import common_words, frequent_words, variable_tracking
 from pipeline.tasks.ruler_needles import Needles, needles

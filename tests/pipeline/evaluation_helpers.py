@@ -10,7 +10,8 @@ import torch
 
 from data_prep.shards import IndexedWriter
 from pipeline.manifest import StageContext
-from pipeline.schema import Config, EvalSection, NiahSection, PerplexitySection
+from pipeline.schema import Config
+from pipeline.schema_of_eval import EvalSection, NiahSection, PerplexitySection
 from pipeline.stages.export import AUTO_MAP, longgen_config, python_files
 from tests.data_prep.helpers import save_model_folder
 from tests.tiny import tiny_config, tiny_llama

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import StageError
-from pipeline.schema import BabilongSection, EvalSection
+from pipeline.schema_of_eval import BabilongSection, EvalSection
 from pipeline.tasks import babilong
 from pipeline.tasks.babi_worlds import OBJECTS, PLACES, TRADERS, WORLDS
 from pipeline.tasks.material import Material

@@ -8,7 +8,8 @@ import torch
 from pipeline.evaluated_model import EvaluatedModel, load_model, reduced
 from pipeline.manifest import StageError
 from pipeline.records import Journal, of_task, read_records
-from pipeline.schema import PatternSection, RulerSection
+from pipeline.schema import PatternSection
+from pipeline.schema_of_eval import RulerSection
 from pipeline.stages import evaluate, generate
 from pipeline.stages.export import longgen_config
 from pipeline.tasks.perplexity import DocumentSample
@@ -114,7 +115,7 @@ def test_only_the_chosen_tasks_and_models_run(finished, tmp_path, monkeypatch):
     config = small_config()
     config.eval.tasks, config.eval.models = ["perplexity"], ["base"]
     counts, records, _ = rerun(finished, tmp_path, monkeypatch, None, config)
-    assert counts == {"records": {"base perplexity": 8}, "scores": {}}
+    assert counts == {"records": {"base perplexity": 8}, "scores": {}, "skipped": {}}
     expected = [json.loads(line) for line in finished[2].splitlines()]
     assert records == [r for r in expected if r["task"] == "perplexity" and r["model"] == "base"]
 

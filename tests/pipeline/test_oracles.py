@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluated_model import EvaluatedModel
-from pipeline.schema import BabilongSection, EvalSection, NiahSection, RulerSection
+from pipeline.schema_of_eval import BabilongSection, EvalSection, NiahSection, RulerSection
 from pipeline.stages.evaluate import ASKED, record_of
 from pipeline.tasks import babilong, ruler
 from pipeline.tasks.sample import encode

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import StageError
-from pipeline.schema import EvalSection, RulerSection
+from pipeline.schema_of_eval import EvalSection, RulerSection
 from pipeline.tasks import ruler
 from pipeline.tasks.material import Material, generated_words
 from pipeline.tasks.sample import Prompt, Text, encode, fit

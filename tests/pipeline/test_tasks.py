@@ -7,7 +7,7 @@ from kernels.pattern import Pattern
 from model.modeling_longgen import LongGenForCausalLM
 from pipeline.evaluated_model import EvaluatedModel
 from pipeline.manifest import StageError
-from pipeline.schema import EvalSection, NiahSection, PerplexitySection
+from pipeline.schema_of_eval import EvalSection, NiahSection, PerplexitySection
 from pipeline.stages.export import longgen_config
 from pipeline.tasks import kv_bytes, niah, perplexity
 from pipeline.tasks.material import Material
