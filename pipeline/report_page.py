@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 STYLE = """
 :root { --ink: #1c1c1c; --soft: #5c5c5c; --page: #ffffff; --card: #f5f5f3; --line: #d9d9d6; }
 @media (prefers-color-scheme: dark) {
@@ -32,6 +35,23 @@ table.facts td:first-child { white-space: nowrap; overflow-wrap: normal; color: 
   vertical-align: top; }
 summary { cursor: pointer; color: var(--soft); margin-top: 0.5rem; }
 """
+
+
+class Pictures:
+    """Saves figures as figures/NAME.png and NAME.svg of the report."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def save(self, name: str, figure: Figure) -> Path:
+        """Write both; the path of the PNG, which the page holds."""
+        path = self.folder / f"{name}.png"
+        figure.savefig(path)
+        # Text stays text, and the same records give the same file.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        return path
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,13 @@ class GenerateSection:
 
 
 @dataclass
+class ReportSection:
+    """stage=report. beside: other runs whose evaluations are compared, EXPERIMENT[/VARIANT]."""
+
+    beside: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PlanSection:
     """stage=plan: a GPU of pipeline/planning/rates.py, and the documents that fill a row.
 
@@ -369,6 +376,7 @@ class Config:
     wandb: WandbSection = field(default_factory=WandbSection)
     benchmark: BenchmarkSection = field(default_factory=BenchmarkSection)
     generate: GenerateSection = field(default_factory=GenerateSection)
+    report: ReportSection = field(default_factory=ReportSection)
     plan: PlanSection = field(default_factory=PlanSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
 

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from safetensors import safe_open
 
 from kernels.pattern import Pattern
@@ -24,8 +23,17 @@ from pipeline.records import (
     perplexity_by_position,
     read_records,
 )
-from pipeline.report_page import Section, Table, render
+from pipeline.report_page import Pictures, Section, Table, render
 from pipeline.schema import Config
+from pipeline.score_sections import (
+    beside_ids,
+    comparison_section,
+    niah_sections,
+    short_section,
+    task_section,
+)
+from pipeline.speed_sections import speed_sections
+from pipeline.stages.evaluate import RECORDS
 
 # As many KV heads of a pattern that differs by head are drawn.
 HEADS_DRAWN = 5
@@ -46,27 +54,14 @@ def folder_name(config: Config) -> str:
 
 
 def depends_on(config: Config) -> dict[str, Any]:
-    """What the page names, and the two lengths that its pictures mark."""
+    """What the page names, the two lengths that its pictures mark, and the runs beside it."""
     return {
         "name": config.name,
         "variant": config.variant,
         "model": {"name": config.model.name, "max_positions": config.model.max_positions},
         "seq_length": config.data.seq_length,
+        "beside": beside_ids(config),
     }
-
-
-class Pictures:
-    """Saves figures as figures/NAME.png of the report."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def save(self, name: str, figure: Figure) -> Path:
-        """Write the picture; its path."""
-        path = self.folder / f"{name}.png"
-        figure.savefig(path)
-        return path
 
 
 def parameters(export: Path) -> int:
@@ -96,7 +91,7 @@ def summarise(metrics: list[Record], records: list[Record], old_context: int) ->
             beyond, where = measured, "over all positions (none beyond the old context)"
         values = " -> ".join(f"{perplexity(rows):,.2f} ({m})" for m, rows in beyond.items())
         lines.append(f"perplexity {where}: {values}")
-    cells = niah_cells(records)
+    cells = niah_cells([record for record in records if record.get("needles", 1) == 1])
     if cells:
         means = {model: sum(table.values()) / len(table) for model, table in cells.items()}
         lengths = sorted({length for table in cells.values() for length, _ in table})
@@ -278,29 +273,6 @@ def _perplexity(records: list[Record], old_context: int, pictures: Pictures) -> 
     )
 
 
-def _niah(records: list[Record], pictures: Pictures) -> Section:
-    cells = niah_cells(records)
-    if not cells:
-        return Section("Needle in a haystack", "No needle records: eval.tasks does not name niah.")
-    every = sorted({cell for table in cells.values() for cell in table})
-    rows = [
-        (
-            f"{length:,}",
-            f"{depth}%",
-            *(f"{t[length, depth]:.1f}" if (length, depth) in t else "" for t in cells.values()),
-        )
-        for length, depth in every
-    ]
-    samples = {record["sample"] for record in records if record["task"] == "niah"}
-    return Section(
-        "Needle in a haystack",
-        f"A secret number in held-out text, asked for at the end; mean of {len(samples)} greedy "
-        "answers in each cell, 100 where the number is in the answer.",
-        pictures.save("niah", figures.niah_map(cells)),
-        Table(("Length", "Depth", *cells), rows),
-    )
-
-
 def _kv(records: list[Record], pictures: Pictures) -> Section:
     rows = kv_rows(records)
     if not rows:
@@ -326,7 +298,7 @@ def _kv(records: list[Record], pictures: Pictures) -> Section:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write index.html and figures/*.png; the counts' "summary" says the result in lines.
+    """Write index.html, and each figure as PNG and SVG; the counts' "summary" says the result.
 
     Raises:
         StageError: on a broken line in metrics.jsonl or records.jsonl.
@@ -334,7 +306,10 @@ def run(context: StageContext) -> dict[str, Any]:
     config, pictures = context.config, Pictures(context.out / "figures")
     trained = "finetune" in inputs(config)
     metrics = read_records(context.folder("finetune") / "metrics.jsonl") if trained else []
-    records = read_records(context.folder("evaluate") / "records.jsonl")
+    evaluated = context.folder("evaluate")
+    records = read_records(evaluated / RECORDS)
+    counts = (read_manifest(evaluated) or {}).get("counts", {})
+    skipped = counts.get("skipped", {}).get("short")
     exported = json.loads((context.folder("export") / "config.json").read_text())
     old_context = config.model.max_positions
     summary = summarise(metrics, records, old_context)
@@ -342,10 +317,15 @@ def run(context: StageContext) -> dict[str, Any]:
         _facts(context, exported),
         *_training(metrics, old_context, pictures),
         _perplexity(records, old_context, pictures),
-        _niah(records, pictures),
+        *niah_sections(records, pictures),
+        task_section("ruler", records, pictures),
+        task_section("babilong", records, pictures),
+        short_section(records, skipped, pictures),
+        comparison_section(config, records, pictures),
         _kv(records, pictures),
+        *speed_sections(pictures),
         *_shape(exported, config.data.seq_length, pictures),
     ]
     page = render(f"LongGen: {config.name}, {config.variant}", summary, sections)
     (context.out / "index.html").write_text(page, encoding="utf-8")
-    return {"summary": summary, "figures": len(list(pictures.folder.glob("*.png")))}
+    return {"summary": summary, "figures": len(list(pictures.folder.glob("*.svg")))}

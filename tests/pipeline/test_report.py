@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+import statistics
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from safetensors.torch import save_file
 
 from kernels.pattern import Pattern
 from pipeline import figures
+from pipeline.report_page import Pictures
+from pipeline.score_sections import short_section
+from pipeline.speed_sections import speed_sections
 from pipeline.stages import report
 from tests.pipeline.evaluation_helpers import (
     context,
@@ -20,12 +24,17 @@ from tests.pipeline.evaluation_helpers import (
 )
 
 FIGURES = [
+    "babilong",
+    "comparison",
     "kv_bytes",
     "loss_by_position",
     "niah",
+    "niah_4",
     "patterns",
     "perplexity_by_position",
+    "ruler",
     "schedule",
+    "short",
     "training_loss",
 ]
 SECONDS = {
@@ -76,8 +85,18 @@ def random_metrics(rng):
     return train + validation
 
 
+SUBTASKS = {"ruler": ("vt", "cwe"), "babilong": ("qa1", "qa2"), "short": ("arc",)}
+
+
+def asked(key, subtask, length):
+    """What the record of an answer says of its prompt."""
+    row = {"key": key, "subtask": subtask, "length": length, "prompt_sha256": f"{subtask}/{key}"}
+    return row | {"beyond_context": length > 32}
+
+
 def random_records(rng):
-    """Three documents, four needle cells of two samples, three lengths of the cache."""
+    """Three documents, four needle cells of two samples (and two of 4 needles), other tasks'
+    scores, and three lengths of the cache."""
     records = []
     for model in ("base", "final"):
         for document in range(3):
@@ -85,15 +104,25 @@ def random_records(rng):
                 tokens = 15 if start == 0 else 16
                 nll = rng.uniform(1, 9) * tokens
                 row = {"document": document, "length": 64, "start": start, "stop": start + 16}
-                records.append(
-                    {"task": "perplexity", "model": model, **row, "nll": nll, "tokens": tokens}
-                )
+                row |= {"key": str(document), "nll": nll, "tokens": tokens}
+                records.append({"task": "perplexity", "model": model, **row})
         for length in (32, 64):
             for depth in (0, 50):
-                for sample in range(2):
-                    row = {"length": length, "depth": depth, "sample": sample}
+                for sample in range(4):
+                    needles = 1 if sample < 2 else 4
+                    row = {"length": length, "depth": depth, "sample": sample % 2}
+                    row |= asked(f"{length}/{depth}/{sample}", f"{needles} needles", length)
                     score = rng.choice([0.0, 100.0])
-                    records.append({"task": "niah", "model": model, **row, "score": score})
+                    row |= {"needles": needles, "score": score}
+                    records.append({"task": "niah", "model": model, **row})
+            for task, subtasks in SUBTASKS.items():
+                for subtask in subtasks:
+                    # A short task has no length: one cell over all its documents.
+                    shown = 0 if task == "short" else length
+                    for sample in range(3):
+                        row = asked(f"{subtask}/{length}/{sample}", subtask, shown)
+                        row["score"] = rng.uniform(0, 100)
+                        records.append({"task": task, "model": model, **row})
     for length in (16, 32, 64):
         full = length * 2**20
         row = {"length": length, "full_bytes": full, "allocated_bytes": rng.randint(9, full)}
@@ -130,12 +159,21 @@ def made(request, tmp_path_factory):
     return metrics, records, *make_report(tmp_path_factory.mktemp("report"), metrics, records)
 
 
+def drawn(out, kind):
+    """Names of the run's own figures."""
+    names = sorted(path.stem for path in (out / "figures").glob(f"*.{kind}"))
+    return [name for name in names if not name.startswith("speed_")]
+
+
 def test_every_figure_is_saved_and_inside_the_page(made):
     _, _, counts, page, out = made
-    assert sorted(path.stem for path in (out / "figures").iterdir()) == FIGURES
-    assert counts["figures"] == len(FIGURES)
+    for kind in ("png", "svg"):
+        assert drawn(out, kind) == FIGURES
+    figures_of_speed = [path.stem for path in (out / "figures").glob("speed_*.svg")]
+    assert counts["figures"] == len(FIGURES) + len(figures_of_speed) and figures_of_speed
+    assert all(path.read_text().startswith("<?xml") for path in (out / "figures").glob("*.svg"))
     inside = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    saved = {path.read_bytes() for path in (out / "figures").iterdir()}
+    saved = {path.read_bytes() for path in (out / "figures").glob("*.png")}
     assert {base64.b64decode(data) for data in inside} == saved
     assert all(data.startswith(b"\x89PNG") for data in saved)
 
@@ -203,7 +241,7 @@ def test_needle_scores_equal_the_records(made):
             scores = [
                 r["score"]
                 for r in records
-                if r["task"] == "niah"
+                if (r["task"], r.get("needles")) == ("niah", 1)
                 and (r["model"], r["length"], f"{r['depth']}%") == (model, int(length), depth)
             ]
             assert len(scores) == 2 and float(cell) == sum(scores) / 2
@@ -231,7 +269,11 @@ def test_summary_says_the_result(made):
         mine = [r for r in records if r["model"] == model and r.get("start", 0) >= 32]
         value = math.exp(sum(r["nll"] for r in mine) / sum(r["tokens"] for r in mine))
         assert f"{value:,.2f} ({model})" in beyond
-        scores = [r["score"] for r in records if r["task"] == "niah" and r["model"] == model]
+        scores = [
+            r["score"]
+            for r in records
+            if (r["task"], r["model"], r.get("needles")) == ("niah", model, 1)
+        ]
         assert f"{sum(scores) / len(scores):.1f} ({model})" in needles
     last = [r for r in records if r["task"] == "kv_bytes"][-1]
     saved = 100 - 100 * last["allocated_bytes"] / last["full_bytes"]
@@ -250,8 +292,8 @@ def test_missing_records_are_said_not_fatal(tmp_path):
         "No kv_bytes records: eval.models does not name final",
     ):
         assert text in page
-    names = sorted(path.stem for path in (out / "figures").iterdir())
-    assert names == ["patterns", "perplexity_by_position", "schedule"]
+    assert drawn(out, "png") == ["patterns", "perplexity_by_position", "schedule"]
+    assert "eval.tasks does not name ruler" in page and "one model alone, or no score" in page
     assert len(counts["summary"]) == 1
     counts, page, _ = make_report(tmp_path, [], [])
     assert "No perplexity records: eval.tasks does not name perplexity" in page
@@ -287,6 +329,93 @@ def test_names_are_escaped(tmp_path):
     config.variant = "<b>&"
     page = make_report(tmp_path, [], [], config)[1]
     assert "<b>" not in page and "&lt;b&gt;&amp;" in page
+
+
+def scores_of(records, **wanted):
+    return [r["score"] for r in records if wanted.items() <= r.items()]
+
+
+@pytest.mark.parametrize(("task", "title"), [("ruler", "RULER"), ("babilong", "BABILong")])
+def test_scores_by_length_and_task_equal_the_records(made, task, title):
+    _, records, _, page, _ = made
+    rows = table(page, title)
+    assert rows[0] == ["Length", "Task", "base", "final"] and len(rows) == 1 + 2 * 3
+    for length, subtask, *cells in rows[1:]:
+        for model, cell in zip(("base", "final"), cells, strict=True):
+            wanted = {"task": task, "model": model, "length": int(length)}
+            wanted |= {} if subtask == "mean" else {"subtask": subtask}
+            scores = scores_of(records, **wanted)
+            assert len(scores) == (6 if subtask == "mean" else 3)
+            mean, error = map(float, cell.split(" ± "))
+            assert mean == pytest.approx(sum(scores) / len(scores), abs=0.051)
+            if subtask != "mean":
+                assert error == pytest.approx(statistics.stdev(scores) / 3**0.5, abs=0.051)
+    assert "A star marks a length above the context" in page
+
+
+def test_short_tasks_equal_the_records(made):
+    _, records, _, page, _ = made
+    ((name, *cells),) = table(page, "Short tasks")[1:]
+    assert name == "arc"
+    for model, cell in zip(("base", "final"), cells, strict=True):
+        scores = scores_of(records, task="short", model=model)
+        assert float(cell.split(" ± ")[0]) == pytest.approx(sum(scores) / len(scores), abs=0.051)
+
+
+def test_models_are_compared_on_the_same_prompts(made):
+    _, records, _, page, _ = made
+    rows = {(row[0], row[1]): row[2:] for row in table(page, "Models side by side")[1:]}
+    assert len(rows) == 5 * 2 and rows["ruler", "final"][1:] == ["", ""]
+    for task in ("niah", "ruler", "babilong", "short"):
+        one, other = (scores_of(records, task=task, model=m) for m in ("base", "final"))
+        mean, difference, pairs = rows[task, "base"]
+        assert float(mean.split(" ± ")[0]) == pytest.approx(sum(one) / len(one), abs=0.051)
+        changes = [a - b for a, b in zip(one, other, strict=True)]
+        value, error = map(float, difference.split(" ± "))
+        assert int(pairs) == len(changes)
+        assert value == pytest.approx(sum(changes) / len(changes), abs=0.051)
+        spread = statistics.stdev(changes) / len(changes) ** 0.5
+        assert error == pytest.approx(spread, abs=0.051)
+    assert "nats per token" in rows["perplexity", "base"][0]
+
+
+def test_other_runs_stand_beside(tmp_path):
+    """Their records where they are finished; a missing one is said, and the page follows them."""
+    config, records = small_config(), random_records(random.Random(6))
+    config.outputs, config.report.beside = str(tmp_path / "out"), ["full", "window/two"]
+    assert report.depends_on(config)["beside"] == {"full": None, "window/two": None}
+    folder = tmp_path / "out" / "full" / "main" / "evaluate"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"id": "a", "finished": "today"}')
+    other = [{**r, "score": 1.0} for r in records if r["task"] == "ruler" and r["model"] == "final"]
+    other += [{**r, "model": "reduced"} for r in other]
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in other))
+    page = make_report(tmp_path / "here", [], records, config)[1]
+    rows = {(row[0], row[1]): row[2:] for row in table(page, "Models side by side")[1:]}
+    assert rows["ruler", "full"][0] == rows["ruler", "full reduced"][0] == "1.0 ± 0.0"
+    assert rows["ruler", "full"][2] == "12"
+    assert "Without window/two: no finished evaluation there" in page
+    assert report.depends_on(config)["beside"]["full"] is not None
+
+
+def test_skipped_short_tasks_say_why(tmp_path):
+    pictures = Pictures(tmp_path)
+    section = short_section([], "lm-eval is not installed", pictures)
+    assert "skipped, since lm-eval is not installed" in section.text
+
+
+def test_tables_of_speed_are_shown_as_measured(tmp_path):
+    (tmp_path / "kernels_x.csv").write_text(
+        "pattern,documents,length,heads,kv_heads,head_dim,deterministic,backend,pass,ms,tflops,gpu,date\n"
+        "full,1,1024,4,4,64,False,a,forward,1.5,100,H,2026-01-02\n"
+        "full,1,2048,4,4,64,False,a,backward,2.5,,H,2026-01-01\n"
+    )
+    (tmp_path / "serving_y.csv").write_text("what,seconds\nprefill,3.25\n")
+    kernels, serving = speed_sections(Pictures(tmp_path / "figures"), tmp_path)
+    assert "on H, 2026-01-01 to 2026-01-02" in kernels.text
+    assert kernels.table.rows[0][-2:] == ("1.5", "100") and kernels.table.rows[1][-1] == ""
+    assert serving.table.header == ("what", "seconds")
+    assert serving.table.rows == [("prefill", "3.25")] and serving.picture is None
 
 
 def brute_kinds(pattern, length, head, heads):
