@@ -48,6 +48,8 @@ class Pictures:
         """Write both; the path of the PNG, which the page holds."""
         path = self.folder / f"{name}.png"
         figure.savefig(path)
+        # It is laid out now, which takes most of the time.
+        figure.set_layout_engine("none")
         # Text stays text, and the same records give the same file.
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

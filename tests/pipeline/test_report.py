@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from kernels.pattern import Pattern
@@ -152,11 +153,17 @@ def table(page, title):
     return cells if cells[0] and "<th>" in rows[0] else [[], *cells]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def made(request, tmp_path_factory):
-    rng = random.Random(request.param)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    rng = random.Random(1)
     metrics, records = random_metrics(rng), random_records(rng)
     return metrics, records, *make_report(tmp_path_factory.mktemp("report"), metrics, records)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what the page says: pictures are files of no picture, since drawing takes seconds."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.write_bytes(b"drawn"))
 
 
 def drawn(out, kind):
@@ -282,7 +289,7 @@ def test_summary_says_the_result(made):
         assert f"<li>{line.replace('>', '&gt;')}</li>" in page
 
 
-def test_missing_records_are_said_not_fatal(tmp_path):
+def test_missing_records_are_said_not_fatal(undrawn, tmp_path):
     records = [r for r in random_records(random.Random(3)) if r["task"] == "perplexity"]
     counts, page, out = make_report(tmp_path, [], records)
     for text in (
@@ -300,14 +307,14 @@ def test_missing_records_are_said_not_fatal(tmp_path):
     assert counts["summary"] == []
 
 
-def test_a_context_that_nothing_exceeds_is_said(tmp_path):
+def test_a_context_that_nothing_exceeds_is_said(undrawn, tmp_path):
     config = small_config()
     config.model.max_positions = 4096
     counts, _, _ = make_report(tmp_path, [], random_records(random.Random(4)), config)
     assert "over all positions (none beyond the old context)" in counts["summary"][0]
 
 
-def test_an_untrained_export_reads_no_finetune(tmp_path):
+def test_an_untrained_export_reads_no_finetune(undrawn, tmp_path):
     config = small_config()
     assert "finetune" in report.INPUTS(config)
     config.export.source = "convert"
@@ -317,14 +324,14 @@ def test_an_untrained_export_reads_no_finetune(tmp_path):
     assert "No training records" in page
 
 
-def test_a_model_without_sparse_layers_is_reported(tmp_path):
+def test_a_model_without_sparse_layers_is_reported(undrawn, tmp_path):
     _, page, out = make_report(tmp_path, [], [], is_full=(True,) * 4)
     facts = dict(table(page, "What ran")[1:])
     assert facts["Layers"] == "F4" and "Sparse layers see" not in facts
     assert (out / "figures" / "patterns.png").exists()
 
 
-def test_names_are_escaped(tmp_path):
+def test_names_are_escaped(undrawn, tmp_path):
     config = small_config()
     config.variant = "<b>&"
     page = make_report(tmp_path, [], [], config)[1]
@@ -379,7 +386,7 @@ def test_models_are_compared_on_the_same_prompts(made):
     assert "nats per token" in rows["perplexity", "base"][0]
 
 
-def test_other_runs_stand_beside(tmp_path):
+def test_other_runs_stand_beside(undrawn, tmp_path):
     """Their records where they are finished; a missing one is said, and the page follows them."""
     config, records = small_config(), random_records(random.Random(6))
     config.outputs, config.report.beside = str(tmp_path / "out"), ["full", "window/two"]
@@ -404,7 +411,7 @@ def test_skipped_short_tasks_say_why(tmp_path):
     assert "skipped, since lm-eval is not installed" in section.text
 
 
-def test_tables_of_speed_are_shown_as_measured(tmp_path):
+def test_tables_of_speed_are_shown_as_measured(undrawn, tmp_path):
     (tmp_path / "kernels_x.csv").write_text(
         "pattern,documents,length,heads,kv_heads,head_dim,deterministic,backend,pass,ms,tflops,gpu,date\n"
         "full,1,1024,4,4,64,False,a,forward,1.5,100,H,2026-01-02\n"
