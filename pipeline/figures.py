@@ -86,7 +86,7 @@ def _steps(axes: Axes, buckets: Sequence[tuple[int, int, float]], label: str, co
     """A horizontal piece per bucket (start, stop, value), a marker in its middle."""
     edges = [bucket[0] for bucket in buckets] + [buckets[-1][1]]
     values = [value for _, _, value in buckets]
-    marker = {BLUE: "o", VERMILLION: "s"}[colour]
+    marker = MARKERS[CURVES.index(colour)]
     axes.stairs(values, edges, baseline=None, color=colour, linewidth=1.8)
     middles = [(start + stop) / 2 for start, stop, _ in buckets]
     axes.plot(middles, values, marker, color=colour, markersize=4.5, label=label)
@@ -96,7 +96,9 @@ def _by_position(
     curves: dict[str, Sequence[tuple[int, int, float]]], quantity: str, old_context: int | None
 ) -> Figure:
     figure, axes = _figure()
-    for (label, buckets), colour in zip(curves.items(), (VERMILLION, BLUE), strict=False):
+    # The first is what was before, in the colour that stands for it elsewhere.
+    colours = cycle((VERMILLION, BLUE, *CURVES[2:]))
+    for (label, buckets), colour in zip(curves.items(), colours, strict=False):
         _steps(axes, buckets, label, colour)
     _tidy(axes)
     values = [value for buckets in curves.values() for _, _, value in buckets]

@@ -32,6 +32,7 @@ STAGES = (
     "benchmark",
     "plan",
     "fetch_tasks",
+    "dashboard",
 )
 CHAIN = STAGES[:7]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.score_sections import (
 )
 from pipeline.speed_sections import speed_sections
 from pipeline.stages.evaluate import RECORDS
+from pipeline.wandb_run import log_report, open_run, trained_run
 
 # As many KV heads of a pattern that differs by head are drawn.
 HEADS_DRAWN = 5
@@ -326,6 +328,16 @@ def run(context: StageContext) -> dict[str, Any]:
         *speed_sections(pictures),
         *_shape(exported, config.data.seq_length, pictures),
     ]
+    told = _to_wandb(context, trained, sections)
     page = render(f"LongGen: {config.name}, {config.variant}", summary, sections)
     (context.out / "index.html").write_text(page, encoding="utf-8")
-    return {"summary": summary, "figures": len(list(pictures.folder.glob("*.svg")))}
+    return {"summary": summary, "figures": len(list(pictures.folder.glob("*.svg"))), **told}
+
+
+def _to_wandb(context: StageContext, trained: bool, sections: list[Section]) -> dict[str, Any]:
+    """The same pictures and tables in the run that training logged to, or in one of their own."""
+    config = context.config
+    run_id = trained_run(context.folder("finetune")) if trained else None
+    name = f"{config.name}/{config.variant}"
+    run = open_run(config.wandb, context.out, name, asdict(config), run_id)
+    return {} if run is None else {"wandb_run": run.id, "logged": log_report(run, sections)}

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import netrc
-import os
 import resource
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from pipeline.schema import WandbSection
 from pipeline.training.checkpoint import Progress
+from pipeline.wandb_run import open_run
 
 log = logging.getLogger("longgen.training")
 
@@ -61,16 +59,6 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _has_wandb_key() -> bool:
-    if "WANDB_API_KEY" in os.environ:
-        return True
-    try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
 def _truncate_after(path: Path, step: int) -> None:
     """Drop the lines beyond `step`, which will be repeated, and a half-written last one."""
     if not path.exists():
@@ -105,25 +93,8 @@ class Metrics:
         path = folder / "metrics.jsonl"
         _truncate_after(path, start.step if start else -1)
         self.file = path.open("a", buffering=1)
-        self.run = None
-        mode = wandb.mode
-        if mode == "auto":
-            mode = "online" if _has_wandb_key() else "offline"
-        if mode != "disabled":
-            import wandb as client
-
-            self.run = client.init(
-                project=wandb.project,
-                entity=wandb.entity,
-                name=name,
-                id=start.wandb_id if start else None,
-                resume="allow",
-                mode=mode,
-                dir=folder,
-                config=config,
-                settings=client.Settings(silent=True, console="off", x_disable_stats=True),
-            )
-            log.info("W&B run %s, %s", self.run.id, mode)
+        run_id = start.wandb_id if start else None
+        self.run = open_run(wandb, folder, name, config, run_id)
 
     @property
     def run_id(self) -> str | None:

@@ -31,7 +31,7 @@ def one_thread():
 def small_config() -> Config:
     """Perplexity on two documents of 60 tokens, needles at two lengths and two depths."""
     config = Config(name="small", device="cpu")
-    config.model.name = "tiny"
+    config.model.name, config.wandb.mode = "tiny", "disabled"
     config.model.max_positions = 32
     config.data.seq_length = 64
     config.export.dtype = "fp32"
