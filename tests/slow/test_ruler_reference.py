@@ -6,6 +6,7 @@ Needs PyPI (112 MB) and some minutes.
 import random
 
 import pytest
+from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer
 
 from pipeline.runner import Runner
@@ -13,7 +14,7 @@ from pipeline.schema_of_eval import EvalSection, RulerSection
 from pipeline.tasks import ruler
 from pipeline.tasks.material import Material
 from pipeline.validation import parse
-from tests.pipeline.running import composed
+from tests.pipeline.running import ROOT
 from tests.slow.ruler_reference import Reference, skeleton
 
 pytestmark = pytest.mark.slow
@@ -34,8 +35,10 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """SmolLM2's tokenizer."""
-    outputs = f"outputs={tmp_path_factory.mktemp('model')}"
-    runner = Runner(parse(composed("experiment=smollm2_smoke", "data=stdlib", outputs)))
+    keys = ["experiment=smollm2_smoke", "data=stdlib", "device=cpu"]
+    keys.append(f"outputs={tmp_path_factory.mktemp('model')}")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        runner = Runner(parse(compose("config", overrides=keys)))
     runner.run("fetch")
     return runner.folder("fetch") / "model"
 
