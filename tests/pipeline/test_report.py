@@ -3,7 +3,9 @@ import json
 import math
 import random
 import re
+import shutil
 import statistics
+import subprocess
 
 import numpy as np
 import pytest
@@ -24,6 +26,19 @@ from tests.pipeline.evaluation_helpers import (
     write_manifests,
 )
 
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+# Measures the page when it is loaded, and says so in an element that --dump-dom prints.
+PROBE = """
+<script>addEventListener("load", () => {
+  const images = [...document.images], found = document.createElement("output");
+  const shown = images.filter((image) => image.complete && image.naturalWidth > 100).length;
+  for (const closed of document.querySelectorAll("details")) closed.open = true;
+  const wide = document.documentElement.scrollWidth - innerWidth;
+  found.textContent = `images ${images.length} shown ${shown} wide ${wide}`;
+  document.body.append(found);
+});</script>
+"""
 FIGURES = [
     "babilong",
     "comparison",
@@ -183,6 +198,28 @@ def test_every_figure_is_saved_and_inside_the_page(made):
     saved = {path.read_bytes() for path in (out / "figures").glob("*.png")}
     assert {base64.b64decode(data) for data in inside} == saved
     assert all(data.startswith(b"\x89PNG") for data in saved)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_shows_every_picture_and_cuts_nothing(made, tmp_path):
+    """On a wide screen and on a narrow one; tables scroll by themselves."""
+    *_, page, out = made
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</body>", PROBE + "</body>"))
+    for width in (1200, 500):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'browser'}"]
+        done = subprocess.run(
+            [*command, "--virtual-time-budget=5000", probed.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        found = re.search(r"images (\d+) shown (\d+) wide (-?\d+)<", done.stdout)
+        assert found, done.stderr[-2000:]
+        pictures = len(list((out / "figures").glob("*.png")))
+        assert int(found[1]) == int(found[2]) == pictures
+        assert int(found[3]) <= 0
 
 
 def test_the_page_needs_nothing_beside_itself(made):
