@@ -6,7 +6,7 @@ kernels live in a package of their own: bound as siblings, they are the same mod
 
 import sys
 
-from kernels import pattern, sparse_attention
+from kernels import cached_attention, pattern, slots, sparse_attention
 
-sys.modules[f"{__name__}.pattern"] = pattern
-sys.modules[f"{__name__}.sparse_attention"] = sparse_attention
+for _module in (cached_attention, pattern, slots, sparse_attention):
+    sys.modules[f"{__name__}.{_module.__name__.partition('.')[2]}"] = _module

@@ -23,6 +23,9 @@ from .pattern import Pattern
 from .rope import inverse_frequencies, rotate
 from .tokens import CachedTokens, PackedTokens
 
+# New tokens for which generate's cache has room from the start.
+MOST_RESERVED = 2048
+
 
 class LongGenConfig(PreTrainedConfig):
     """Llama's fields and the hybrid's.
@@ -209,9 +212,13 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def new_cache(self) -> LongGenCache:
-        """An empty cache for this model."""
-        return LongGenCache(self.config.layer_patterns(), self.config.num_key_value_heads)
+    def new_cache(self, tokens: int = 0) -> LongGenCache:
+        """An empty cache for this model, with memory for rows of so many tokens, padding included.
+
+        More are taken too, at the price of a copy of what is held.
+        """
+        patterns = self.config.layer_patterns()
+        return LongGenCache(patterns, self.config.num_key_value_heads, tokens=tokens)
 
     def _tokens(
         self,
@@ -247,9 +254,11 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
                     "0 for padding; pass the tokenizer's"
                 )
             real = attention_mask[:, seen:].bool()
+        fresh = cache is None or not cache.started
+        if fresh and real is not None:
+            # A step of decoding does not ask: that would be waiting for the device.
             real = None if bool(real.all()) else real
         every = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real
-        fresh = cache is None or cache.lengths is None or not bool(cache.lengths.any())
         if cache is not None:
             cache.advance(every)
         if fresh and bool(every.any()):
@@ -357,6 +366,7 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
             the cache and the last column's logits [B, V].
         """
         cache = self.new_cache() if past_key_values is None else past_key_values
+        cache.reserve(cache.columns + input_ids.shape[1])
         for ids in input_ids.split(chunk, dim=1):
             stop = cache.columns + ids.shape[1]
             mask = None if attention_mask is None else attention_mask[:, :stop]
@@ -366,7 +376,7 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, *args, **kwargs
     ) -> None:
-        """generate's hook: our cache instead of transformers' own."""
+        """generate's hook: our cache, with room for the whole text, for transformers' own."""
         given = model_kwargs.get("past_key_values")
         if given is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -376,4 +386,8 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: must be unset, "
                 "since sparse layers need a LongGenCache; remove it from generate's arguments"
             )
-        model_kwargs["past_key_values"] = self.new_cache()
+        # The last token is never fed back; a text that may become long takes memory as it does.
+        tokens, mask = generation_config.max_length - 1, model_kwargs.get("attention_mask")
+        if mask is not None:
+            tokens = min(tokens, mask.shape[1] + MOST_RESERVED)
+        model_kwargs["past_key_values"] = self.new_cache(tokens)

@@ -1,7 +1,6 @@
 """How one forward's tokens lie and attend: as whole documents, or after cached keys.
 
-Shapes: B rows, L columns, T packed tokens, N query heads, G KV heads, R = N / G, H head dim,
-S key slots, P heads whose positions differ (1 or G).
+Shapes: B rows, L columns, T packed tokens, N query heads, G KV heads, H head dim, S key slots.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from .cache import LongGenCache
+from .cached_attention import cached_attention
 from .pattern import Pattern
 from .sparse_attention import sparse_attention
-
-# Entries of the mask of one tile of queries, where queries meet cached keys: bounds its memory.
-MASK_ENTRIES = 2**25
 
 
 @dataclass
@@ -100,32 +97,19 @@ class CachedTokens:
         v_TGH: torch.Tensor,
     ) -> torch.Tensor:
         """Attention over the cached keys and the new ones, [T, N, H]; garbage at padding."""
+        cache = self.cache
         k_BGLH, v_BGLH = (self.unpack(x).transpose(1, 2) for x in (k_TGH, v_TGH))
-        k_BGSH, v_BGSH = self.cache.update(k_BGLH, v_BGLH, layer)
-        (batch, columns), groups = self.shape, k_BGSH.shape[1]
-        # The query heads of a KV head stand side by side as queries: keys are never repeated.
-        q_BGRLH = q_TNH.view(batch, columns, groups, -1, q_TNH.shape[-1]).permute(0, 2, 3, 1, 4)
-        k_positions = self.cache.key_positions[pattern]
-        tile = columns
-        if k_positions is not None:
-            tile = max(1, MASK_ENTRIES // (k_positions.numel() * q_BGRLH.shape[2]))
-        outs = []
-        for start in range(0, columns, tile):
-            q_tile = q_BGRLH[:, :, :, start : start + tile]
-            mask = None
-            if k_positions is not None:
-                mask = self._visible(pattern, start, start + tile, k_positions, groups)
-                mask = mask[:, :, None].expand(-1, -1, q_tile.shape[2], -1, -1).flatten(2, 3)
-            out = F.scaled_dot_product_attention(q_tile.flatten(2, 3), k_BGSH, v_BGSH, mask)
-            outs.append(out.view(q_tile.shape))
-        return torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(q_TNH.shape)
-
-    def _visible(
-        self, pattern: Pattern, start: int, stop: int, k_positions: torch.Tensor, groups: int
-    ) -> torch.Tensor:
-        """The mask [B, P, stop - start, S] of these columns."""
-        q = self.cache.query_positions[:, None, start:stop, None]
-        k = k_positions[:, :, None]
-        heads = torch.arange(k_positions.shape[1], device=k.device).view(1, -1, 1, 1)
-        # Padding sees all: a row of the mask without any key would give NaN.
-        return (pattern.visible(q, k, heads, groups) & (k >= 0)) | (q < 0)
+        k_BGSH, v_BGSH = cache.update(k_BGLH, v_BGLH, layer)
+        step, device = cache.shared.steps[pattern], q_TNH.device
+        out_BLNH = cached_attention(
+            self.unpack(q_TNH),
+            k_BGSH,
+            v_BGSH,
+            pattern,
+            cache.query_positions.to(device),
+            step.key_positions.to(device),
+            slots_used_B=None if step.used is None else step.used.to(device),
+            first_kv_head=cache.first_kv_head,
+            total_kv_heads=cache.total_kv_heads,
+        )
+        return out_BLNH.flatten(0, 1)

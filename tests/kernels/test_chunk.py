@@ -155,9 +155,8 @@ def in_chunks(pattern, q, k, v, chunk, decoded):
         cache.advance(torch.ones(1, stop - start, dtype=torch.bool, device=q.device))
         new = (x[start:stop].transpose(0, 1)[None] for x in (k, v))
         keys, values = cache.update(*new, 0)
-        k_positions, q_positions = cache.key_positions[pattern], cache.query_positions
+        where = cache.query_positions, cache.shared.steps[pattern].key_positions
         attend = chunk_attention if stop - start > 1 else decode_attention
-        where = (None, None) if k_positions is None else (q_positions, k_positions)
         out, lse = attend(q[None, start:stop], keys, values, pattern, *where)
         outs.append(out[0])
         lses.append(lse[0])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels.pattern import Pattern
-from model.cache import LongGenCache
+from kernels.slots import Slots
+from model.cache import LongGenCache, cache_bytes
 from tests.model.small import PATTERNS, difference, ids, in_chunks, small_model
 
 HEAD_DIM, KV_HEADS = 8, 2
@@ -23,19 +24,33 @@ PLANTS = {
 }
 
 
+def lasting(pattern: dict, head: int, k: int) -> bool:
+    """Whether every later token sees key k."""
+    found = pattern["window"] is None or k < pattern["sink_tokens"]
+    if pattern.get("stride"):
+        per_head = pattern.get("phase") == "per_head"
+        phase = head * pattern["stride"] // KV_HEADS if per_head else 0
+        found |= (k // pattern["block"]) % pattern["stride"] == phase
+    return found
+
+
 def counted_bytes(pattern: dict, length: int) -> int:
     """Bytes of one sparse layer's live keys and values in float32, counted key by key."""
     keys = 0
     for head in range(KV_HEADS):
         for k in range(length):
-            seen = k < pattern["sink_tokens"]
-            seen |= pattern["window"] is None or length - k < pattern["window"]
-            if pattern.get("stride"):
-                per_head = pattern.get("phase") == "per_head"
-                phase = head * pattern["stride"] // KV_HEADS if per_head else 0
-                seen |= (k // pattern["block"]) % pattern["stride"] == phase
-            keys += seen
+            keys += lasting(pattern, head, k) or length - k < pattern["window"]
     return 2 * keys * HEAD_DIM * 4
+
+
+def reserved_bytes(pattern: dict, length: int) -> int:
+    """Bytes of the slots for rows of `length` tokens: what lasts, and a ring of the window."""
+    most, ring = 0, 0
+    for head in range(KV_HEADS):
+        lasts = sum(lasting(pattern, head, k) for k in range(length))
+        most = max(most, lasts)
+        ring = max(ring, min(pattern["window"] or 0, length - lasts))
+    return 2 * KV_HEADS * (most + ring) * HEAD_DIM * 4
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -51,7 +66,7 @@ def test_chunks_and_decode_equal_one_forward(name, length):
 def test_a_tile_of_queries_does_not_change_the_result(monkeypatch):
     model, tokens = small_model(PATTERNS["per_head"]), ids(2, 50)
     expected = model(tokens).logits
-    monkeypatch.setattr("model.tokens.MASK_ENTRIES", 300)
+    monkeypatch.setattr("kernels.cached_attention.MASK_ENTRIES", 300)
     assert difference(in_chunks(model, tokens, 13)[0], expected) < TOLERANCE
 
 
@@ -59,49 +74,78 @@ def test_a_tile_of_queries_does_not_change_the_result(monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 9, 100])
 def test_bytes_are_those_of_the_live_keys(name, chunk):
     model, tokens = small_model(PATTERNS[name]), ids(1, 61)
-    cache = model.new_cache()
+    cache = model.new_cache(61)
     assert cache.live_bytes() == cache.allocated_bytes() == 0
     with torch.no_grad():
         for part in tokens.split(chunk, 1):
             model(part, past_key_values=cache)
             for layer, full in enumerate(model.config.is_full):
                 pattern = PATTERNS["full"] if full else PATTERNS[name]
-                expected = counted_bytes(pattern, cache.columns)
-                assert cache.live_bytes(layer) == expected
-                # KV heads of other phases hold up to one block more: the rest of it is masked.
-                block = 2 * KV_HEADS * pattern.get("block", 0) * HEAD_DIM * 4
-                slack = block if pattern.get("phase") == "per_head" else 0
-                assert expected <= cache.allocated_bytes(layer) <= expected + slack
+                assert cache.live_bytes(layer) == counted_bytes(pattern, cache.columns)
+                assert cache.allocated_bytes(layer) == reserved_bytes(pattern, 61)
     assert cache.live_bytes() == sum(cache.live_bytes(layer) for layer in range(3))
+    told = cache_bytes(model.config.layer_patterns(), KV_HEADS, HEAD_DIM, 4, 61)
+    assert cache.allocated_bytes() == told
+
+
+def test_a_sink_and_window_cache_holds_what_the_next_token_sees_and_nothing_else():
+    """At 7B's shapes, by the slots alone: the live keys and the next token's own, to the byte."""
+    for pattern, length in ((Pattern(64, 2048), 131072), (Pattern(64, 1024, 64, 64), 131072)):
+        seen = len(pattern.live(length)) + 1
+        assert Slots(pattern, length).count == seen
+        assert Slots(Pattern.full(), length + 1).count == length + 1
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_cache_that_grows_loses_nothing(name):
+    model, tokens = small_model(PATTERNS[name]), ids(2, 150)
+    mask = torch.ones(2, 150)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = model(tokens, mask).logits[:, 6:]
+        cache, parts = model.new_cache(), []
+        for start, stop in [(0, 6), *((i, i + 1) for i in range(6, 80)), (80, 149), (149, 150)]:
+            parts.append(model(tokens[:, start:stop], mask[:, :stop], cache).logits)
+    assert difference(torch.cat(parts[1:], 1), expected) < TOLERANCE
+    assert cache.allocated_bytes(1) == reserved_bytes(PATTERNS["full"], cache.tokens) * 2
+    # Single tokens do not copy the cache again and again.
+    sizes, cache = set(), model.new_cache()
+    with torch.no_grad():
+        for start in range(150):
+            model(tokens[:, start : start + 1], past_key_values=cache)
+            sizes.add(cache.tokens)
+    assert len(sizes) == 3
 
 
 def test_a_sparse_layer_stops_growing():
     model = small_model(PATTERNS["window"])
     _, short = in_chunks(model, ids(1, 30), 10)
     _, long = in_chunks(model, ids(1, 90), 10)
+    assert short.allocated_bytes(0) == reserved_bytes(PATTERNS["window"], 30)
     assert long.allocated_bytes(0) == short.allocated_bytes(0)
     assert long.allocated_bytes(1) == 3 * short.allocated_bytes(1)
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.parametrize("view", ["visible", "live"])
+@pytest.mark.parametrize("view", ["visible", "slots"])
 def test_a_planted_off_by_one_is_caught(plant, view, monkeypatch):
     model, tokens = small_model(PATTERNS["per_head"]), ids(1, 61)
     expected = model(tokens).logits
-    original = getattr(Pattern, view)
+    original = Pattern.visible
 
-    def planted(self, *args):
+    def planted_visible(self, *args):
         return original(self if self.is_full else PLANTS[plant](self), *args)
 
-    monkeypatch.setattr(Pattern, view, planted)
-    try:
-        found, cache = in_chunks(model, tokens, 20)
-    except IndexError:
-        # A key was asked for that had been dropped.
-        return
+    def planted_slots(pattern, *args):
+        return Slots(pattern if pattern.is_full else PLANTS[plant](pattern), *args)
+
+    if view == "visible":
+        monkeypatch.setattr(Pattern, "visible", planted_visible)
+    else:
+        monkeypatch.setattr("model.cache.Slots", planted_slots)
+    found, cache = in_chunks(model, tokens, 20)
     moved = difference(found, expected) > 100 * TOLERANCE
-    held = cache.live_bytes(0) != counted_bytes(PATTERNS["per_head"], 61)
-    assert moved or held
+    assert moved or cache.allocated_bytes(0) != reserved_bytes(PATTERNS["per_head"], 61)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
