@@ -5,6 +5,7 @@ Shapes: T packed tokens, N query heads, G KV heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,3 +113,18 @@ def whole_bounds(bounds: list[int], tokens: int) -> tuple[int, ...]:
 def on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Such bounds as an int32 tensor, made once for all layers of a step."""
     return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def register_operator(
+    name: str, run: Callable, fake: Callable, schema: str | None = None
+) -> torch.library.CustomOpDef:
+    """`run` as an operator longgen::`name` that changes none of its arguments; `fake` gives shapes.
+
+    An export folder's copies of these files may be loaded beside the originals: each keeps its own
+    operators.
+    """
+    while hasattr(torch.ops.longgen, name):
+        name += "_copy"
+    operator = torch.library.custom_op(f"longgen::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator

@@ -28,6 +28,7 @@ from .cached import (
     readable,
     see_keys,
 )
+from .call import register_operator
 from .pattern import Pattern
 
 # Beyond every position.
@@ -233,14 +234,7 @@ def plan_chunk(
     )
 
 
-@torch.library.custom_op(
-    "longgen::chunk_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
-    "int sink_tokens, int? window, int block, int? stride, str phase, "
-    "int first_kv_head, int total_kv_heads, float scale) -> (Tensor, Tensor)",
-)
-def _chunk(
+def _run(
     q_BLNH,
     k_BGSH,
     v_BGSH,
@@ -304,9 +298,16 @@ def _chunk(
     return out, lse
 
 
-@_chunk.register_fake
-def _chunk_fake(q_BLNH, *others):
+def _fake(q_BLNH, *others):
     return q_BLNH.new_empty(q_BLNH.shape), q_BLNH.new_empty(q_BLNH.shape[:3], dtype=torch.float32)
+
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor q_positions, Tensor k_positions, "
+    "int sink_tokens, int? window, int block, int? stride, str phase, "
+    "int first_kv_head, int total_kv_heads, float scale) -> (Tensor, Tensor)"
+)
+_chunk = register_operator("chunk_attention", _run, _fake, SCHEMA)
 
 
 def chunk_attention(

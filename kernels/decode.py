@@ -28,6 +28,7 @@ from .cached import (
     readable,
     see_keys,
 )
+from .call import register_operator
 from .pattern import Pattern
 
 MOST_QUERIES = 128
@@ -226,14 +227,7 @@ def merge_splits_kernel(
     tl.store(out_lse_ptr + query, (highest + tl.log2(whole)) * LN2)
 
 
-@torch.library.custom_op(
-    "longgen::decode_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? q_positions, Tensor? k_positions, "
-    "Tensor? slots_used, int sink_tokens, int? window, int block, int? stride, str phase, "
-    "int first_kv_head, int total_kv_heads, float scale) -> (Tensor, Tensor)",
-)
-def _decode(
+def _run(
     q_BLNH,
     k_BGSH,
     v_BGSH,
@@ -319,9 +313,16 @@ def _decode(
     return out, out_lse
 
 
-@_decode.register_fake
-def _decode_fake(q_BLNH, *others):
+def _fake(q_BLNH, *others):
     return q_BLNH.new_empty(q_BLNH.shape), q_BLNH.new_empty(q_BLNH.shape[:3], dtype=torch.float32)
+
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? q_positions, Tensor? k_positions, "
+    "Tensor? slots_used, int sink_tokens, int? window, int block, int? stride, str phase, "
+    "int first_kv_head, int total_kv_heads, float scale) -> (Tensor, Tensor)"
+)
+_decode = register_operator("decode_attention", _run, _fake, SCHEMA)
 
 
 def decode_attention(

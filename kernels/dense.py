@@ -17,18 +17,24 @@ import torch
 from .call import check_qkv, whole_bounds
 from .dense_backends import (
     Backward,
+    Continue,
     Run,
     backward_by_document,
     by_document,
+    cudnn_continue,
     cudnn_document,
     cudnn_document_backward,
     flash_attn_4,
     flash_attn_4_backward,
+    flash_attn_4_continue,
     flash_attn_older,
+    flash_attn_older_continue,
     repeated,
+    sdpa_continue,
     sdpa_document,
     torch_flash,
     torch_flash_backward,
+    torch_flash_continue,
 )
 
 log = logging.getLogger("longgen.kernels")
@@ -70,6 +76,7 @@ class DenseBackend:
         name: what `backend=` takes.
         run: the attention itself.
         backward: its gradients from out and LSE.
+        continues: the attention of a document's last tokens to all of it, without gradients.
         module: what must be importable; None where torch alone is enough.
         majors: CUDA compute capabilities by their major number; None for any device.
         dtypes: of q, k and v.
@@ -83,6 +90,7 @@ class DenseBackend:
     name: str
     run: Run
     backward: Backward
+    continues: Continue
     module: str | None = None
     majors: tuple[int, ...] | None = None
     dtypes: tuple[torch.dtype, ...] = HALF
@@ -120,6 +128,7 @@ BACKENDS = (
         "flash_attn_4",
         flash_attn_4,
         flash_attn_4_backward,
+        flash_attn_4_continue,
         module="flash_attn.cute.interface",
         majors=(9, 10, 11),
         most_dims=128,
@@ -129,6 +138,7 @@ BACKENDS = (
         "flash_attn_3",
         FLASH_ATTN_3,
         repeated(FLASH_ATTN_3),
+        flash_attn_older_continue("flash_attn_interface"),
         module="flash_attn_interface",
         majors=(9,),
     ),
@@ -136,6 +146,7 @@ BACKENDS = (
         "cudnn",
         by_document(cudnn_document),
         backward_by_document(cudnn_document_backward),
+        cudnn_continue,
         majors=(9, 10),
         most_dims=128,
         takes_cu_seqlens=False,
@@ -146,6 +157,7 @@ BACKENDS = (
         "flash_attn_2",
         FLASH_ATTN_2,
         repeated(FLASH_ATTN_2),
+        flash_attn_older_continue("flash_attn.flash_attn_interface"),
         module="flash_attn.flash_attn_interface",
         majors=(8, 9, 10, 11, 12),
     ),
@@ -154,12 +166,14 @@ BACKENDS = (
         "torch_flash",
         torch_flash,
         torch_flash_backward,
+        torch_flash_continue,
         majors=(8, 9, 10, 11, 12),
     ),
     DenseBackend(
         "torch_sdpa",
         SDPA,
         repeated(SDPA),
+        sdpa_continue,
         dtypes=(*HALF, torch.float32, torch.float64),
         most_dims=2**16,
         dims_step=1,
@@ -298,6 +312,35 @@ def dense_attention(
 
         lse = LseGradient.apply(q, k, lse.detach(), attend, scale)
     return out, lse
+
+
+@torch.no_grad()
+def dense_continuation(
+    q_LNH: torch.Tensor,
+    k_SGH: torch.Tensor,
+    v_SGH: torch.Tensor,
+    *,
+    softmax_scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Causal attention of a document's last L tokens to all its S tokens: out [L, N, H].
+
+    For chunks of a prompt over a cache: keys and values are views of it, with H innermost. No
+    gradients. `backend` as in dense_attention.
+
+    Raises:
+        ValueError: where shapes or devices do not fit together, or the named backend does not serve
+            such inputs.
+    """
+    new, seen = q_LNH.shape[0], k_SGH.shape[0]
+    if not 0 < new <= seen:
+        raise ValueError(
+            f"{new} queries of a document of {seen} keys: must be at least 1 and no more than the "
+            "keys, their own among them; pass the keys from the document's first token on"
+        )
+    check_qkv(q_LNH, k_SGH[:new], v_SGH[:new])
+    scale = q_LNH.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _chosen(q_LNH, (0, seen), backend).continues(q_LNH, k_SGH, v_SGH, scale)
 
 
 @torch.no_grad()

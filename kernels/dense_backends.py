@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from .call import on_device
+from .merge import merge_partials
 
 # Rows of scores that are held at once where LSE has to be computed by itself.
 LSE_TILE = 128
+# Entries of a mask of queries that continue a document, where torch's SDPA needs one.
+MASK_ENTRIES = 2**25
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 # (q_TNH, k_TGH, v_TGH, bounds, softmax scale, whether LSE is wanted) -> (out_TNH, lse_NT or None)
@@ -27,6 +30,10 @@ Run = Callable[
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # (d_out_TNH, q_TNH, k_TGH, v_TGH, out_TNH, lse_NT, bounds, softmax scale) -> (dq, dk, dv)
 Backward = Callable[..., Gradients]
+
+
+# (q_LNH, k_SGH, v_SGH, softmax scale) -> out_LNH, of the last L of a document's S tokens
+Continue = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def _longest(bounds: tuple[int, ...]) -> int:
@@ -57,6 +64,13 @@ def flash_attn_4(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
         **options,
     )
     return out, lse if with_lse else None
+
+
+def flash_attn_4_continue(q_LNH, k_SGH, v_SGH, scale) -> torch.Tensor:
+    # Of fewer queries than keys it takes them for the last ones, as do FlashAttention 3 and 2.
+    interface = import_module("flash_attn.cute.interface")
+    qkv = (x[None] for x in (q_LNH, k_SGH, v_SGH))
+    return interface.flash_attn_func(*qkv, softmax_scale=scale, causal=True, return_lse=False)[0][0]
 
 
 def flash_attn_4_backward(d_out, q, k, v, out, lse, bounds, scale) -> Gradients:
@@ -103,6 +117,20 @@ def flash_attn_older(module: str) -> Run:
     return run
 
 
+def flash_attn_older_continue(module: str) -> Continue:
+    """FlashAttention 3 or 2."""
+
+    def run(q_LNH, k_SGH, v_SGH, scale) -> torch.Tensor:
+        attend = import_module(module).flash_attn_varlen_func
+        new, seen = q_LNH.shape[0], k_SGH.shape[0]
+        bounds = [on_device((0, stop), q_LNH.device) for stop in (new, seen)]
+        options = {"softmax_scale": scale, "causal": True}
+        found = attend(q_LNH, k_SGH, v_SGH, *bounds, new, seen, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    return run
+
+
 def torch_flash(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
     # torch.nn.attention.varlen wraps this operator, with arguments that change between versions.
     cu_seqlens, longest = on_device(bounds, q_TNH.device), _longest(bounds)
@@ -115,6 +143,14 @@ def torch_flash(q_TNH, k_TGH, v_TGH, bounds, scale, with_lse) -> Result:
         scale=scale,
     )
     return out, lse if with_lse else None
+
+
+def torch_flash_continue(q_LNH, k_SGH, v_SGH, scale) -> torch.Tensor:
+    new, seen = q_LNH.shape[0], k_SGH.shape[0]
+    bounds = [on_device((0, stop), q_LNH.device) for stop in (new, seen)]
+    options = {"dropout_p": 0.0, "is_causal": True, "return_debug_mask": False, "scale": scale}
+    operator = torch.ops.aten._flash_attention_forward
+    return operator(q_LNH, k_SGH, v_SGH, *bounds, new, seen, **options)[0]
 
 
 def torch_flash_backward(d_out, q, k, v, out, lse, bounds, scale) -> Gradients:
@@ -137,6 +173,23 @@ def cudnn_document(q_NLH, k_GLH, v_GLH, scale, with_lse) -> Result:
         q_NLH[None], k_GLH[None], v_GLH[None], None, True, 0.0, True, scale=scale
     )
     return out[0], lse[0].reshape(q_NLH.shape[:2]) if with_lse else None
+
+
+def cudnn_continue(q_LNH, k_SGH, v_SGH, scale) -> torch.Tensor:
+    """cuDNN takes fewer queries for the first ones: what came before them is a call of its own."""
+    new, seen = q_LNH.shape[0], k_SGH.shape[0]
+    if new == 1:
+        return sdpa_continue(q_LNH, k_SGH, v_SGH, scale)
+    outs, lses = [], []
+    for span, causal in ((slice(seen - new), False), (slice(seen - new, seen), True)):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_LNH, k_SGH[span], v_SGH[span]))
+        if k.shape[2]:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, causal, scale=scale
+            )
+            outs.append(out[0].transpose(0, 1))
+            lses.append(lse[0].reshape(q.shape[1:3]))
+    return merge_partials(outs, lses)[0] if len(outs) > 1 else outs[0]
 
 
 def cudnn_document_backward(d_out, q, k, v, out, lse, scale) -> Gradients:
@@ -165,6 +218,20 @@ def sdpa_document(q_NLH, k_GLH, v_GLH, scale, with_lse) -> Result:
     gqa = ratio > 1 and on_gpu
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     return out[0], _lse_by_tiles(q_NLH, k_GLH, scale) if with_lse else None
+
+
+def sdpa_continue(q_LNH, k_SGH, v_SGH, scale) -> torch.Tensor:
+    """Some queries at a time, under a mask: torch takes fewer queries for the first ones."""
+    (new, heads, _), seen = q_LNH.shape, k_SGH.shape[0]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_LNH, k_SGH, v_SGH))
+    key, first, outs = torch.arange(seen, device=q.device), seen - new, []
+    tile = max(1, MASK_ENTRIES // seen)
+    for start in range(0, new, tile):
+        stop = min(start + tile, new)
+        mask = key <= key[first + start : first + stop, None]
+        options = {"attn_mask": mask, "scale": scale, "enable_gqa": heads > k.shape[1]}
+        outs.append(F.scaled_dot_product_attention(q[:, :, start:stop], k, v, **options)[0])
+    return torch.cat(outs, 1).transpose(0, 1)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .call import Call, check_heads, check_tensors, host_bounds
+from .call import Call, check_heads, check_tensors, host_bounds, register_operator
 from .dense import dense_attention, dense_attention_gradients
 from .pattern import Pattern
 
@@ -166,17 +166,8 @@ def _gradients(ctx, d_out, d_lse):
     return *found, None, *(None for _ in ctx.rest)
 
 
-def _register(name: str, run: Callable, fake: Callable) -> torch.library.CustomOpDef:
-    # An export folder's copy of this file may be loaded beside this one: each keeps its operators.
-    while hasattr(torch.ops.longgen, name):
-        name += "_copy"
-    operator = torch.library.custom_op(f"longgen::{name}", run, mutates_args=())
-    operator.register_fake(fake)
-    return operator
-
-
-SPARSE_ATTENTION_FWD = _register("sparse_attention_fwd", _attend_fwd, _fake_fwd)
-SPARSE_ATTENTION_BWD = _register("sparse_attention_bwd", _attend_bwd, _fake_bwd)
+SPARSE_ATTENTION_FWD = register_operator("sparse_attention_fwd", _attend_fwd, _fake_fwd)
+SPARSE_ATTENTION_BWD = register_operator("sparse_attention_bwd", _attend_bwd, _fake_bwd)
 SPARSE_ATTENTION_FWD.register_autograd(_gradients, setup_context=_setup_context)
 
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 import kernels.dense as dense
-from kernels.dense import BACKENDS, choose, dense_attention, dense_attention_gradients
+from kernels.dense import (
+    BACKENDS,
+    choose,
+    dense_attention,
+    dense_attention_gradients,
+    dense_continuation,
+)
 from kernels.pattern import Pattern
 from kernels.reference import reference_attention
 
@@ -71,6 +77,25 @@ def test_matches_reference(name, heads, kv_heads, head_dim, documents):
         assert got.shape == want.shape
         error = (got - want).norm() / want.norm()
         assert error <= TOLERANCE[dtype], f"{part}: {error:.2e}"
+
+
+@pytest.mark.parametrize("new", [1, 70, 331])
+@pytest.mark.parametrize("name", [on_gpu_only(name) for name in NAMES])
+def test_last_tokens_continue_a_document(name, new, monkeypatch):
+    """Keys and values lie as a cache holds them: heads outside tokens, more slots than tokens."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    reason = dense.BY_NAME[name].unmet(torch.device(DEVICE), dtype, 64)
+    if reason is not None:
+        pytest.skip(f"{name} {reason}")
+    monkeypatch.setattr("kernels.dense_backends.MASK_ENTRIES", 331 * 30)
+    q, k, v, _, bounds = inputs([331], 6, 2, 64, dtype)
+    wanted = oracle(q, k, v, bounds, softmax_scale=0.1)[0][-new:]
+    slots = torch.full((2, 2, 400, 64), float("nan"), dtype=dtype, device=DEVICE)
+    slots[:, :, :331] = torch.stack((k, v)).transpose(1, 2)
+    k, v = slots[:, :, :331].transpose(1, 2)
+    found = dense_continuation(q[-new:], k, v, softmax_scale=0.1, backend=name)
+    assert not found.isnan().any() and found.shape == wanted.shape
+    assert (found - wanted).norm() / wanted.norm() <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
@@ -259,6 +284,8 @@ def test_refusals(machine):
         dense_attention(q, k.double(), v, bounds)
     with pytest.raises(ValueError, match="meta.*must be on one device"):
         dense_attention(q, k, v.to("meta"), bounds)
+    with pytest.raises(ValueError, match="10 queries of a document of 9 keys: .*no more than"):
+        dense_continuation(q, k[:9], v[:9])
     for wrong in ([0, 9], [1, 10], [0], [0, 7, 3, 10]):
         with pytest.raises(ValueError, match="must ascend from 0 to the 10 tokens"):
             dense_attention(q, k, v, wrong)
