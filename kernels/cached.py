@@ -136,6 +136,12 @@ def check_positions(
         )
 
 
+def whole_vectors(x: torch.Tensor) -> bool:
+    """Whether the last dim lies together, and all else in whole steps of ALIGNMENT bytes."""
+    steps = [*x.stride()[:-1], x.data_ptr() // x.element_size()]
+    return x.stride(-1) == 1 and not any(step * x.element_size() % ALIGNMENT for step in steps)
+
+
 def readable(kernel, **tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tensors as the kernel takes them; those that it cannot read, in whole vectors, refused.
 
@@ -149,8 +155,7 @@ def readable(kernel, **tensors: torch.Tensor) -> list[torch.Tensor]:
                 f"{name} is on {x.device}: must be on a CUDA device; move it, or set "
                 "TRITON_INTERPRET=1 before triton is first imported to run its kernels by hand"
             )
-        steps = [*x.stride()[:-1], x.data_ptr() // x.element_size()]
-        if x.stride(-1) != 1 or any(step * x.element_size() % ALIGNMENT for step in steps):
+        if not whole_vectors(x):
             raise ValueError(
                 f"{name} has strides {x.stride()} from byte {x.data_ptr() % ALIGNMENT}: the last "
                 f"must be 1 and the others, like the start, whole steps of {ALIGNMENT} bytes; "

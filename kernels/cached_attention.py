@@ -33,7 +33,7 @@ def cached_attention(
     v_BGSH: torch.Tensor,
     pattern: Pattern,
     q_positions_BL: torch.Tensor,
-    k_positions_BPS: torch.Tensor,
+    k_positions_BPS: torch.Tensor | None,
     *,
     slots_used_B: torch.Tensor | None = None,
     first_kv_head: int = 0,
@@ -41,8 +41,13 @@ def cached_attention(
 ) -> torch.Tensor:
     """out [B, L, N, H]; at padding (a query's position below 0) anything but NaN.
 
-    The arguments are decode_attention's. On a GPU nothing waits for the device.
+    The arguments are decode_attention's, but for k_positions_BPS: None where the slots of a full
+    pattern are the positions, and slots_used_B says how many there are. On a GPU nothing waits for
+    the device.
     """
+    if k_positions_BPS is None:
+        k_positions_BPS = torch.arange(k_BGSH.shape[2], device=k_BGSH.device)
+        k_positions_BPS = k_positions_BPS.expand(k_BGSH.shape[0], 1, -1)
     new_tokens, heads = q_BLNH.shape[1:3]
     shard = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}
     if not kernels_serve(q_BLNH):

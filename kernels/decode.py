@@ -27,6 +27,7 @@ from .cached import (
     pattern_constants,
     readable,
     see_keys,
+    whole_vectors,
 )
 from .call import register_operator
 from .pattern import Pattern
@@ -244,7 +245,10 @@ def _run(
     scale,
 ):
     out = torch.empty_like(q_BLNH, memory_format=torch.contiguous_format)
-    tensors = {"q": q_BLNH.contiguous(), "k": k_BGSH, "v": v_BGSH}
+    # A view of a larger projection is read as it lies.
+    if not whole_vectors(q_BLNH):
+        q_BLNH = q_BLNH.contiguous()
+    tensors = {"q": q_BLNH, "k": k_BGSH, "v": v_BGSH}
     q_BLNH, k_BGSH, v_BGSH = readable(decode_attention_kernel, **tensors)
     pattern = Pattern(sink_tokens, window, block, stride, phase)
     batch, new_tokens, heads, head_dim = q_BLNH.shape
