@@ -115,9 +115,10 @@ class Decoder:
         logits = linear(x_BD, self.weights.head)
         if logits.shape[1] == self.config.vocab_size:
             return logits
-        parts = logits.new_empty(self.shard.size, *logits.shape)
+        rows, size = logits.shape
+        parts = logits.new_empty(self.shard.size * rows, size)
         dist.all_gather_into_tensor(parts, logits, group=self.group)
-        return parts.transpose(0, 1).flatten(1)
+        return parts.view(-1, rows, size).transpose(0, 1).flatten(1)
 
     def _mlp(self, y_TD: torch.Tensor, layer: LayerWeights, linears: dict) -> torch.Tensor:
         gated = swiglu(linears["gate_up"](y_TD, layer.gate_up))

