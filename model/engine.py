@@ -40,6 +40,45 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_prompts(
+    config: LongGenConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    strict: bool = False,
+) -> None:
+    """Refuse what cannot be continued; warn where a text leaves the trained context.
+
+    Raises:
+        ServingError: for no prompt, an empty one, an id outside the vocabulary, no new token asked
+            for, and with `strict` for a text beyond the trained context.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
+        raise ServingError(
+            f"prompts {empty or '(none)'}: must have at least one token each, such as the "
+            "tokenizer's bos_token; give a prompt"
+        )
+    if max_new_tokens < 1:
+        raise ServingError(f"max_new_tokens={max_new_tokens}: must be at least 1; set it")
+    size = config.vocab_size
+    for row, prompt in enumerate(prompts):
+        wrong = [token for token in (min(prompt), max(prompt)) if not 0 <= token < size]
+        if wrong:
+            raise ServingError(
+                f"prompt {row} has token id {int(wrong[0])}: must be from 0 to {size - 1}, the "
+                "model's vocabulary; use the tokenizer that belongs to the model"
+            )
+    trained, longest = config.max_position_embeddings, max(map(len, prompts))
+    if longest + max_new_tokens > trained:
+        told = (
+            f"{longest} tokens of the prompt and {max_new_tokens} new ones: the model was trained "
+            f"on texts of at most {trained}"
+        )
+        if strict:
+            raise ServingError(f"{told}; shorten the prompt, or set strict=false to go on")
+        log.warning("%s; what it says beyond that is not to be trusted", told)
+
+
 class Engine:
     """Generates with a model's weights.
 
@@ -133,41 +172,6 @@ class Engine:
         self.temperature = torch.ones((), dtype=torch.float32, device=self.device)
         self.logits_BV: torch.Tensor | None = None
 
-    def check_prompts(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, strict: bool = False
-    ) -> None:
-        """Refuse what cannot be continued; warn where a text leaves the trained context.
-
-        Raises:
-            ServingError: for no prompt, an empty one, an id outside the vocabulary, no new token
-                asked for, and with `strict` for a text beyond the trained context.
-        """
-        if not prompts or not all(len(prompt) for prompt in prompts):
-            empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
-            raise ServingError(
-                f"prompts {empty or '(none)'}: must have at least one token each, such as the "
-                "tokenizer's bos_token; give a prompt"
-            )
-        if max_new_tokens < 1:
-            raise ServingError(f"max_new_tokens={max_new_tokens}: must be at least 1; set it")
-        size = self.config.vocab_size
-        for row, prompt in enumerate(prompts):
-            wrong = [token for token in (min(prompt), max(prompt)) if not 0 <= token < size]
-            if wrong:
-                raise ServingError(
-                    f"prompt {row} has token id {int(wrong[0])}: must be from 0 to {size - 1}, the "
-                    "model's vocabulary; use the tokenizer that belongs to the model"
-                )
-        trained, longest = self.config.max_position_embeddings, max(map(len, prompts))
-        if longest + max_new_tokens > trained:
-            told = (
-                f"{longest} tokens of the prompt and {max_new_tokens} new ones: the model was "
-                f"trained on texts of at most {trained}"
-            )
-            if strict:
-                raise ServingError(f"{told}; shorten the prompt, or set strict=false to go on")
-            log.warning("%s; what it says beyond that is not to be trusted", told)
-
     def prefill(
         self, prompts: Sequence[torch.Tensor], told: Callable[[int], None] = lambda tokens: None
     ) -> torch.Tensor:
@@ -253,6 +257,7 @@ class Engine:
         seed: int = 1,
         stop_ids: Sequence[int] = (),
         strict: bool = False,
+        checked: bool = False,
         told: Callable[[int], None] = lambda tokens: None,
     ) -> Iterator[list[int | None]]:
         """Yield each step's token of every row, None for rows that have ended.
@@ -261,12 +266,14 @@ class Engine:
             temperature: 0 takes the likeliest token, else tokens are drawn with `seed`.
             stop_ids: tokens that end a row; they are yielded.
             strict: refuse texts beyond the trained context.
+            checked: the prompts have passed check_prompts.
             told: hears of the prompts' tokens as they are taken in.
 
         Raises:
             ServingError: before any work, for prompts that cannot be continued or do not fit.
         """
-        self.check_prompts(prompts, max_new_tokens, strict)
+        if not checked:
+            check_prompts(self.config, prompts, max_new_tokens, strict)
         # The last token is not fed.
         self.reserve(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
         if self._greedy != (temperature == 0):

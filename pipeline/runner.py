@@ -109,6 +109,15 @@ def is_distributed(stage: str) -> bool:
     return getattr(stage_module(stage), "DISTRIBUTED", False)
 
 
+def processes(stage: str, config: Config) -> int:
+    """How many processes the stage runs on: the configured world, unless its module says another
+    number."""
+    own = getattr(stage_module(stage), "processes", None)
+    if own is not None:
+        return own(config)
+    return config.parallel.nodes * config.parallel.gpus_per_node if is_distributed(stage) else 1
+
+
 def refuse_processes(config: Config, stages: Sequence[str], team: Team) -> None:
     """Raise ConfigError where the stages cannot run on these processes, before any work."""
     together = [stage for stage in stages if is_distributed(stage)]
@@ -121,7 +130,15 @@ def refuse_processes(config: Config, stages: Sequence[str], team: Team) -> None:
         )
     parallel = config.parallel
     here = parallel.gpus_per_node
-    if launched() or not together or parallel.nodes * here == 1:
+    wanted = max((processes(stage, config) for stage in together), default=1)
+    if launched() or wanted == 1:
+        return
+    if wanted != parallel.nodes * here:
+        if config.device == "cuda" and wanted > torch.cuda.device_count():
+            raise ConfigError(
+                f"{together[0]}.tensor={wanted}: this machine shows {torch.cuda.device_count()} "
+                f"CUDA GPUs; set {together[0]}.tensor to as many at most, or device=cpu"
+            )
         return
     if parallel.nodes > 1:
         raise ConfigError(
@@ -212,11 +229,10 @@ class Runner:
         """
         if self.team.rank > 0:
             return self._follow(stage)
-        parallel = self.config.parallel
-        size = parallel.nodes * parallel.gpus_per_node
+        size = processes(stage, self.config)
         with self._lock(stage):
             counts = self._current(stage)
-            if counts is None and (launched() or size == 1 or not is_distributed(stage)):
+            if counts is None and (launched() or size == 1):
                 counts = self._work(stage)
         return self._employ(stage, size) if counts is None else counts
 

@@ -303,11 +303,23 @@ class BenchmarkSection:
 
 @dataclass
 class GenerateSection:
-    """stage=generate."""
+    """stage=generate.
+
+    prompt: the text; "-" reads standard input. prompt_file: or a file of it. temperature: 0 takes
+    the likeliest token. strict: refuse texts beyond the trained context, of which one is otherwise
+    warned. tensor: processes that share the model, a GPU each. prefill_chunk: tokens of a prompt
+    that are taken in at a time.
+    """
 
     prompt: str = ""
+    prompt_file: str | None = None
     max_new_tokens: int = 64
     model: str = "final"
+    temperature: float = 0.0
+    seed: int = 1
+    strict: bool = False
+    tensor: int = 1
+    prefill_chunk: int = 16384
 
 
 @dataclass

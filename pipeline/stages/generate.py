@@ -1,23 +1,44 @@
-"""generate: stream the continuation of a prompt, by the exported model or the one before it."""
+"""generate: stream the continuation of a prompt, by the exported model or the one before it.
+
+With generate.tensor=N the model is shared among N processes, a GPU each. The prompt is given as
+generate.prompt=TEXT, as generate.prompt_file=PATH, or with generate.prompt=- on standard input.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
 from transformers import AutoTokenizer, TextStreamer
 
-from pipeline.evaluated_model import load_model
+from model.engine import check_prompts
+from model.engine_weights import ServingError
+from model.mapping import config_from_hf
+from model.modeling_longgen import LongGenConfig
 from pipeline.manifest import StageContext, StageError
-from pipeline.schema import Config
+from pipeline.schema import Config, GenerateSection
+from pipeline.serving import join_ranks, load_engine
+from pipeline.stages.export import longgen_config
 
 INPUTS = ("fetch", "export")
 # A prompt is asked to be answered, not to be up to date.
 ALWAYS = True
+DISTRIBUTED = True
 MODELS = ("final", "base")
+STDIN = "-"
+
+
+def processes(config: Config) -> int:
+    """How many share the model."""
+    return config.generate.tensor
 
 
 def depends_on(config: Config) -> dict[str, Any]:
@@ -25,78 +46,164 @@ def depends_on(config: Config) -> dict[str, Any]:
     return {"generate": asdict(config.generate)}
 
 
-class TimedStreamer(TextStreamer):
-    """Prints prompt and text as it comes; `times` are when each new token came, in seconds."""
+def read_prompt(wanted: GenerateSection) -> str:
+    """The prompt's text.
 
-    def __init__(self, tokenizer: Any, prompt: str) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.prompt, self.times = prompt, []
-        self.prompt_seen = False
+    Raises:
+        StageError: where there is none, two are named, or the file cannot be read as text.
+    """
+    if wanted.prompt and wanted.prompt_file:
+        raise StageError(
+            f"generate.prompt and generate.prompt_file={wanted.prompt_file!r}: only one can be "
+            "continued; set one of them"
+        )
+    if wanted.prompt_file:
+        try:
+            text = Path(wanted.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise StageError(
+                f"generate.prompt_file={wanted.prompt_file!r}: cannot be read as UTF-8 text "
+                f"({error}); name a text file"
+            ) from error
+        named = f"generate.prompt_file={wanted.prompt_file!r}"
+    elif wanted.prompt == STDIN:
+        text, named = sys.stdin.read(), "standard input"
+    else:
+        text, named = wanted.prompt, "generate.prompt=''"
+    if not text:
+        raise StageError(
+            f"{named}: there is nothing to continue; set generate.prompt='Once upon a time' "
+            "(quoted for the shell), generate.prompt_file=PATH, or generate.prompt=- and give text "
+            "on standard input"
+        )
+    return text
 
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, then token after token."""
-        if self.prompt_seen:
-            if not self.times:
-                # Not before: the first forward may log which backend it runs on.
-                print(self.prompt, end="", flush=True)
-            self.times.append(time.perf_counter())
-        self.prompt_seen = True
-        super().put(value)
+
+def _check(wanted: GenerateSection) -> None:
+    if wanted.model not in MODELS:
+        raise StageError(
+            f"generate.model={wanted.model!r}: must be one of {', '.join(MODELS)}; set "
+            "generate.model"
+        )
+    for key, least in (("max_new_tokens", 1), ("prefill_chunk", 1), ("tensor", 1)):
+        if getattr(wanted, key) < least:
+            raise StageError(
+                f"generate.{key}={getattr(wanted, key)}: must be at least {least}; set "
+                f"generate.{key}"
+            )
+    if wanted.temperature < 0:
+        raise StageError(
+            f"generate.temperature={wanted.temperature}: must be 0, for the likeliest token each "
+            "time, or above; set generate.temperature"
+        )
+
+
+def _model(context: StageContext) -> tuple[Path, LongGenConfig]:
+    """(the folder of the weights, their configuration)."""
+    if context.config.generate.model == "final":
+        folder = context.folder("export")
+        return folder, LongGenConfig.from_pretrained(folder)
+    folder = context.folder("fetch") / "model"
+    values = json.loads((folder / "config.json").read_text())
+    return folder, longgen_config(config_from_hf(values), folder)
+
+
+def _shared(text: str | None) -> str:
+    """Rank 0's text, on every rank."""
+    given = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(given, src=0)
+    return given[0]
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Print the continuation and its speed; write both to generate.json.
 
     Raises:
-        StageError: without a prompt, on an unknown model, or on fewer than one new token.
+        StageError: without a prompt, on an unknown model, or where the engine refuses the prompt.
+        WeightsError: where a file of the weights is missing or cannot be read.
     """
     wanted = context.config.generate
-    if not wanted.prompt:
-        raise StageError(
-            "generate.prompt='': there is nothing to continue; set generate.prompt='Once upon a "
-            "time' (quoted for the shell)"
-        )
-    if wanted.model not in MODELS:
-        raise StageError(
-            f"generate.model={wanted.model!r}: must be one of {', '.join(MODELS)}; set "
-            "generate.model"
-        )
-    if wanted.max_new_tokens < 1:
-        raise StageError(
-            f"generate.max_new_tokens={wanted.max_new_tokens}: must be at least 1; set "
-            "generate.max_new_tokens"
-        )
+    _check(wanted)
+    device, shard, group = join_ranks(torch.device(context.config.device))
+    # A rank that finds nothing ends the others.
+    text = _shared(read_prompt(wanted) if shard.rank == 0 else None)
     tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
-    ids = tokenizer(wanted.prompt)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
     # Training starts every document with <bos>; not every tokenizer adds it by itself.
     if ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
-    model = load_model(wanted.model, context)
-    prompt = torch.tensor([ids], device=model.device)
-    streamer = TimedStreamer(tokenizer, wanted.prompt)
-    started = time.perf_counter()
-    generated = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=wanted.max_new_tokens,
-        do_sample=False,
-        streamer=streamer,
-    )
-    first, last = streamer.times[0], streamer.times[-1]
-    decoded = len(streamer.times) - 1
-    record = {
-        "model": wanted.model,
-        "prompt": wanted.prompt,
-        "prompt_tokens": len(ids),
-        "text": tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True),
-        "new_tokens": len(streamer.times),
-        "seconds_to_first_token": first - started,
-        # The first token is the prompt's work: decoding is what comes after it.
-        "tokens_per_second": decoded / (last - first) if decoded else None,
-    }
-    (context.out / "generate.json").write_text(json.dumps(record, indent=2) + "\n")
-    speed = f", then {record['tokens_per_second']:.1f} tokens/s" if decoded else ""
-    context.log.info(
-        "%d prompt tokens, first token after %.2f s%s", len(ids), first - started, speed
-    )
+    folder, config = _model(context)
+    # On a CPU float32 is faster.
+    narrow = device.type == "cuda" and context.config.export.dtype != "fp32"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    options = {"chunk": wanted.prefill_chunk, "allow_pickle": context.config.model.allow_pickle}
+    try:
+        check_prompts(config, [ids], wanted.max_new_tokens, wanted.strict)
+        engine = load_engine(folder, config, dtype, device, shard, group, context.log, **options)
+        record = _answer(engine, tokenizer, text, ids, wanted, speaks=shard.rank == 0)
+    except ServingError as error:
+        raise StageError(str(error)) from error
+    if shard.rank == 0:
+        (context.out / "generate.json").write_text(json.dumps(record, indent=2) + "\n")
+        speed = record["tokens_per_second"]
+        context.log.info(
+            "%d prompt tokens, first token after %.2f s (%.0f tokens/s)%s; cache %.1f MB",
+            len(ids),
+            record["seconds_to_first_token"],
+            record["prompt_tokens_per_second"],
+            f", then {speed:.1f} tokens/s" if speed else "",
+            record["cache_bytes"] / 1e6,
+        )
     return {key: record[key] for key in ("prompt_tokens", "new_tokens", "tokens_per_second")}
+
+
+def _stop_ids(config: LongGenConfig, tokenizer: Any) -> list[int]:
+    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def _answer(engine, tokenizer, text: str, ids: list[int], wanted: GenerateSection, speaks: bool):
+    """Stream the continuation; the record of it."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    tokens, times = [], []
+    started = time.perf_counter()
+    console = Console(stderr=True)
+    show = speaks and console.is_terminal
+    with Progress(console=console, transient=True, disable=not show) as bar:
+        task = bar.add_task("prompt", total=len(ids))
+        steps = engine.generate(
+            [ids],
+            wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            seed=wanted.seed,
+            stop_ids=_stop_ids(engine.config, tokenizer),
+            checked=True,
+            told=lambda count: bar.advance(task, count),
+        )
+        first = next(steps)
+    if speaks:
+        # Not before: the prompt's forward may log which backends it runs on.
+        print(text, end="", flush=True)
+    while first is not None:
+        times.append(time.perf_counter())
+        tokens.append(first[0])
+        if speaks:
+            streamer.put(torch.tensor(first))
+        first = next(steps, None)
+    if speaks:
+        streamer.end()
+    decoded = len(times) - 1
+    return {
+        "model": wanted.model,
+        "prompt": text,
+        "prompt_tokens": len(ids),
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "new_tokens": len(tokens),
+        "seconds_to_first_token": times[0] - started,
+        "prompt_tokens_per_second": len(ids) / (times[0] - started),
+        # The first token is the prompt's work: decoding is what comes after it.
+        "tokens_per_second": decoded / (times[-1] - times[0]) if decoded else None,
+        "cache_bytes": engine.cache.allocated_bytes(),
+        "processes": engine.decoder.shard.size,
+    }
