@@ -277,6 +277,21 @@ class TrainCase:
 
 
 @dataclass
+class ServingCase:
+    """Rows of the table of serving: each of `arms` takes in `batch` prompts of `length` tokens.
+
+    arms: hybrid (the configuration's schedule), full (every layer), stock (transformers' Llama).
+    new_tokens: steps of decoding in one timed run.
+    """
+
+    group: str = "???"
+    arms: list[str] = field(default_factory=lambda: ["hybrid", "full"])
+    length: int = 0
+    batch: int = 1
+    new_tokens: int = 64
+
+
+@dataclass
 class BenchmarkSection:
     """conf/benchmark: a file of pipeline/benchmarks, how often it measures, and what.
 
@@ -284,6 +299,8 @@ class BenchmarkSection:
     budget_minutes: past it no further peer is prepared, no further case begun. commit: where the
     code runs without its history, what it is. document_mean, document_sigma: of the log-normal that
     lengths of packed documents are drawn from, the mean in tokens and the deviation of the log.
+    prefill_chunk, dense_backend: of serving, tokens of a prompt that are taken in at a time, and
+    what runs full layers of prompts (null: the fastest present).
     """
 
     name: str = "checkpoint"
@@ -299,6 +316,9 @@ class BenchmarkSection:
     document_mean: float = 1800
     document_sigma: float = 1.2
     train_cases: list[TrainCase] = field(default_factory=list)
+    serving_cases: list[ServingCase] = field(default_factory=list)
+    prefill_chunk: int = 16384
+    dense_backend: str | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pipeline.refusals import MEANINGFUL_NAME, ConfigError
 from pipeline.refusals import at_least as _at_least
 from pipeline.refusals import choice as _choice
 from pipeline.refusals import refuse as _refuse
-from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, TrainCase
+from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, ServingCase, TrainCase
 from pipeline.validation_of_eval import check_eval
 
 STAGES = (
@@ -216,7 +216,7 @@ def _check_train(config: Config) -> None:
 
 def _check_benchmark(config: Config) -> None:
     bench = config.benchmark
-    _choice(config, "benchmark.name", ("checkpoint", "kernels", "train_step"))
+    _choice(config, "benchmark.name", ("checkpoint", "kernels", "train_step", "serving"))
     _at_least(config, "benchmark.repeats", 2)
     _at_least(config, "benchmark.launch_ms", 0, above=True)
     _at_least(config, "benchmark.budget_minutes", 0)
@@ -227,6 +227,12 @@ def _check_benchmark(config: Config) -> None:
         _check_groups(bench.groups, bench.train_cases, "train_cases")
         for index, case in enumerate(bench.train_cases):
             _check_train_case(config, f"benchmark.train_cases[{index}]", case)
+    if bench.name == "serving":
+        from pipeline.benchmarks.serving import check
+
+        _check_groups(bench.groups, bench.serving_cases, "serving_cases")
+        if wrong := check(config):
+            raise ConfigError(wrong)
     if bench.name != "kernels":
         return
     # Brings FlexAttention, which takes seconds to import.
@@ -247,7 +253,9 @@ def _check_benchmark(config: Config) -> None:
                 _refuse(f"{key}.{side}", value, "must be at least 1", "set it")
 
 
-def _check_groups(wanted: list[str], cases: list[KernelCase] | list[TrainCase], key: str) -> None:
+def _check_groups(
+    wanted: list[str], cases: list[KernelCase | TrainCase | ServingCase], key: str
+) -> None:
     groups = tuple(dict.fromkeys(case.group for case in cases))
     unknown = sorted(set(wanted) - set(groups))
     if unknown or not wanted:

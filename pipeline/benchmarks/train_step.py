@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,10 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import kernels.dense
-import kernels.sparse_attention
 from model.config import ModelConfig
 from pipeline import figures
+from pipeline.benchmarks.backends_said import BackendsSaid
 from pipeline.benchmarks.train_rows import (
     PEAKS,
     TIMES,
@@ -166,39 +164,6 @@ class TimedEngine:
         """Its step, behind an edge."""
         self._mark()
         return self._engine.step()
-
-
-class BackendsSaid(logging.Handler):
-    """While in its `with` block, hears which backends say that they run full or sparse layers."""
-
-    SAYS = re.compile(r"(full|sparse) layers on \w+ run by (\w+)")
-    SPEAKERS = (kernels.dense, kernels.sparse_attention)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heard: dict[str, set[str]] = {"full": set(), "sparse": set()}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep what the message says."""
-        if said := self.SAYS.search(record.getMessage()):
-            kind, backend = said.groups()
-            self.heard[kind].add(backend)
-
-    def __enter__(self) -> BackendsSaid:
-        for module in self.SPEAKERS:
-            # Each is said once in a process, but every case wants to know.
-            module._say_once.cache_clear()
-            module.log.addHandler(self)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for module in self.SPEAKERS:
-            module.log.removeHandler(self)
-
-    def columns(self) -> Row:
-        """The names; several where a step used several."""
-        names = {kind: " ".join(sorted(found)) or None for kind, found in self.heard.items()}
-        return {"dense_backend": names["full"], "sparse_backend": names["sparse"]}
 
 
 class TrainSteps:
