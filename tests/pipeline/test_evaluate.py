@@ -1,3 +1,4 @@
+import io
 import json
 from dataclasses import replace
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.weights import WeightsError
 from pipeline.evaluated_model import EvaluatedModel, load_model, reduced
 from pipeline.manifest import StageError
 from pipeline.records import Journal, of_task, read_records
@@ -329,3 +331,69 @@ def test_generate_refuses(tmp_path, key, value, message):
     setattr(config.generate, key, value)
     with pytest.raises(StageError, match=message):
         generate.run(context(tmp_path, config, "generate"))
+
+
+@pytest.fixture
+def asked(finished, tmp_path):
+    """A maker of what stage=generate answers: (counts, record) of these keys."""
+    root, _, _ = finished
+
+    def ask(**keys):
+        config = small_config()
+        config.generate.prompt, config.generate.max_new_tokens = "The quick brown fox", 5
+        for key, value in keys.items():
+            setattr(config.generate, key, value)
+        run = context(tmp_path, config, "generate")
+        object.__setattr__(run, "folder", lambda name: root / name)
+        counts = generate.run(run)
+        return counts, json.loads((run.out / "generate.json").read_text())
+
+    return ask
+
+
+def test_a_prompt_from_a_file_and_from_standard_input(asked, tmp_path, monkeypatch):
+    _, wanted = asked(prefill_chunk=3)
+    path = tmp_path / "prompt.txt"
+    path.write_text("The quick brown fox")
+    assert asked(prompt="", prompt_file=str(path))[1]["text"] == wanted["text"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("The quick brown fox"))
+    assert asked(prompt="-")[1]["text"] == wanted["text"]
+    drawn = [asked(temperature=5.0, seed=seed)[1]["text"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_prompts_that_generate_refuses(asked, tmp_path, monkeypatch):
+    with pytest.raises(StageError, match="generate.prompt and generate.prompt_file='x': only one"):
+        asked(prompt_file="x")
+    with pytest.raises(StageError, match="nowhere.txt': cannot be read as UTF-8 .*No such file"):
+        asked(prompt="", prompt_file=str(tmp_path / "nowhere.txt"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(StageError, match="binary': cannot be read as UTF-8"):
+        asked(prompt="", prompt_file=str(tmp_path / "binary"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(StageError, match="standard input: there is nothing to continue"):
+        asked(prompt="-")
+    with pytest.raises(StageError, match="generate.temperature=-1: must be 0"):
+        asked(temperature=-1)
+    with pytest.raises(StageError, match="generate.prefill_chunk=0: must be at least 1"):
+        asked(prefill_chunk=0)
+    with pytest.raises(StageError, match="trained on texts of at most .*; shorten the prompt"):
+        asked(max_new_tokens=100_000, strict=True)
+
+
+def test_a_broken_export_is_refused(finished, asked, monkeypatch):
+    root, _, _ = finished
+    (path,) = (root / "export").glob("*.safetensors")
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-50])
+        with pytest.raises(WeightsError, match="truncated or unreadable"):
+            asked()
+        path.unlink()
+        with pytest.raises(WeightsError, match="no .*safetensors|which the folder lacks"):
+            asked()
+    finally:
+        path.write_bytes(whole)
+    monkeypatch.setattr("model.engine.free_bytes", lambda device: 5)
+    with pytest.raises(StageError, match="Not even one token fits"):
+        asked()
