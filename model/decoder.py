@@ -115,10 +115,9 @@ class Decoder:
         logits = linear(x_BD, self.weights.head)
         if logits.shape[1] == self.config.vocab_size:
             return logits
-        rows, size = logits.shape
-        parts = logits.new_empty(self.shard.size * rows, size)
-        dist.all_gather_into_tensor(parts, logits, group=self.group)
-        return parts.view(-1, rows, size).transpose(0, 1).flatten(1)
+        parts = [torch.empty_like(logits) for _ in range(self.shard.size)]
+        dist.all_gather(parts, logits, group=self.group)
+        return torch.cat(parts, dim=1)
 
     def _mlp(self, y_TD: torch.Tensor, layer: LayerWeights, linears: dict) -> torch.Tensor:
         gated = swiglu(linears["gate_up"](y_TD, layer.gate_up))

@@ -149,6 +149,11 @@ class Engine:
         self.cache = self._captured = None
         del held
         available = free_bytes(self.device) - (SPARE_BYTES if self.device.type == "cuda" else 0)
+        if self.group is not None:
+            # All or none: one that went on alone would wait for the others.
+            least = torch.tensor(available, device=self.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+            available = int(least)
 
         def needed(length: int) -> int:
             return self.cache_bytes(batch, length) + self.activation_bytes(length)

@@ -373,6 +373,11 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
             logits = self(ids, mask, past_key_values=cache, logits_to_keep=1).logits
         return cache, logits[:, -1]
 
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """generate's hook: what stop strings need a tokenizer for is no business of `forward`."""
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, *args, **kwargs
     ) -> None:

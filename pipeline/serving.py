@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
@@ -29,6 +30,7 @@ def join_ranks(device: torch.device) -> tuple[torch.device, Shard, dist.ProcessG
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device, Shard(dist.get_rank(), size), dist.group.WORLD
 
 
