@@ -18,6 +18,15 @@ TOLERANCE = 1e-5
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on several threads, by far on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def difference(found, expected):
     """The error's norm as a share of the expected logits'."""
     return ((found - expected).norm() / expected.norm()).item()
@@ -43,12 +52,12 @@ def logits_by_engine(engine, rows, fed):
 
 @pytest.mark.parametrize("name", PATTERNS)
 # The windows are 7 and 8, the blocks 2 and 4.
-@pytest.mark.parametrize("length", [6, 7, 8, 9, 12, 16, 17, 90])
+@pytest.mark.parametrize("length", [6, 7, 8, 9, 16, 17, 90])
 def test_any_chunking_and_decoding_equal_one_forward(name, length):
     hybrid, rows = small_model(PATTERNS[name]), ids(1, length + 5)
     with torch.no_grad():
         expected = hybrid(rows).logits[:, length - 1 :]
-    for chunk in (1, 3, 8, 20, 1000):
+    for chunk in (3, 20, 1000) if length > 20 else (1, 8, 1000):
         found = logits_by_engine(make(hybrid, chunk=chunk), list(rows), 5)
         assert difference(found, expected) < TOLERANCE, chunk
 
@@ -204,11 +213,15 @@ def test_random_weights_and_a_tied_head():
     assert weights.nbytes == 2 * (VOCAB * 32 + 3 * layer + 32)
 
 
-def sharded(name, vocab):
-    """A rank's logits, and whether its bytes are half of the whole's."""
+def sharded(cases):
+    """Of each case: a rank's logits, drawn tokens, and its bytes over half of the whole's."""
     torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+    return [one_shard(*case) for case in cases]
+
+
+def one_shard(name, vocab):
     hybrid = small_model(PATTERNS[name], vocab_size=vocab)
     shard = Shard(dist.get_rank(), 2)
     engine = make(hybrid, shard, dist.group.WORLD, chunk=9)
@@ -219,16 +232,19 @@ def sharded(name, vocab):
     return found.numpy(), drawn, half
 
 
-@pytest.mark.parametrize(("name", "vocab"), [("per_head", 98), ("shared", 97)])
-def test_two_ranks_are_one(name, vocab):
-    hybrid = small_model(PATTERNS[name], vocab_size=vocab)
-    rows = [ids(length, seed=length) for length in (8, 40)]
-    expected = logits_by_engine(make(hybrid, chunk=9), rows, 6)
-    (first, drawn, half), (second, drawn_too, _) = run_world(2, sharded, name, vocab)
-    assert difference(torch.from_numpy(first), expected) < TOLERANCE
-    assert (first == second).all() and drawn == drawn_too
-    # KV heads of one rank have phases of their own, so that it may need less than half.
-    assert half == 0 if name == "shared" else half <= 0
+def test_two_ranks_are_one():
+    """With a vocabulary that two ranks share, and with one that each has whole."""
+    cases = [("per_head", 98), ("shared", 97)]
+    ranks = run_world(2, sharded, cases)
+    for (name, vocab), one, other in zip(cases, *ranks, strict=True):
+        (first, drawn, half), (second, drawn_too, _) = one, other
+        hybrid = small_model(PATTERNS[name], vocab_size=vocab)
+        rows = [ids(length, seed=length) for length in (8, 40)]
+        expected = logits_by_engine(make(hybrid, chunk=9), rows, 6)
+        assert difference(torch.from_numpy(first), expected) < TOLERANCE
+        assert (first == second).all() and drawn == drawn_too
+        # KV heads of one rank have phases of their own, so that it may need less than half.
+        assert half == 0 if name == "shared" else half <= 0
 
 
 def use_kernels(monkeypatch):
@@ -238,7 +254,7 @@ def use_kernels(monkeypatch):
     monkeypatch.setattr("kernels.cached_attention.kernels_serve", lambda q: True)
 
 
-@pytest.mark.parametrize("name", ["shared", "per_head"])
+@pytest.mark.parametrize("name", ["per_head"])
 def test_by_the_kernels(name, monkeypatch):
     wide = {"head_dim": 64, "num_attention_heads": 2, "hidden_size": 64}
     hybrid = small_model(PATTERNS[name], is_full=(False, True), **wide)
