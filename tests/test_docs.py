@@ -76,6 +76,21 @@ def test_the_plans_errors_are_as_measured():
         assert (float(told[1]), float(told[2])) == (round(min(errors), 1), round(max(errors), 1))
 
 
+def test_the_soaks_figures_are_as_measured():
+    text = " ".join((ROOT / "docs/slurm.md").read_text().split())
+    measured = json.loads((RESULTS / "slurm_soak.json").read_text())
+    claim = re.search(
+        r"killed (\d+) times, on average ([\d.]+) s apart, where a restart took ([\d.]+) s. Effective "
+        r"training time was ([\d.]+)%, ([\d.]+)% as simulated",
+        text,
+    )
+    keys = ("kills", "seconds_between_kills", "seconds_of_a_restart")
+    assert [float(number) for number in claim.groups()[:3]] == [measured[key] for key in keys]
+    shares = [measured[f"effective_{how}"] for how in ("measured", "simulated")]
+    assert [claim[4], claim[5]] == [f"{100 * share:.1f}" for share in shares]
+    assert abs(shares[0] - shares[1]) < 0.03
+
+
 def test_kv_bytes_are_the_patterns():
     """The measured cache is what the pattern's definition says, to the byte."""
     with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:
