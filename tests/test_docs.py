@@ -80,8 +80,8 @@ def test_the_soaks_figures_are_as_measured():
     text = " ".join((ROOT / "docs/slurm.md").read_text().split())
     measured = json.loads((RESULTS / "slurm_soak.json").read_text())
     claim = re.search(
-        r"killed (\d+) times, on average ([\d.]+) s apart, where a restart took ([\d.]+) s. Effective "
-        r"training time was ([\d.]+)%, ([\d.]+)% as simulated",
+        r"killed (\d+) times, on average ([\d.]+) s apart, where a restart took ([\d.]+) s. "
+        r"Effective training time was ([\d.]+)%, ([\d.]+)% as simulated",
         text,
     )
     keys = ("kills", "seconds_between_kills", "seconds_of_a_restart")

@@ -13,6 +13,8 @@ from tests.pipeline.running import ROOT, composed, fresh_logger
 from tests.pipeline.small_run import save_llama, save_text, small
 from tests.slurm.cluster import wait_until
 
+# Nodes x GPUs.
+TWO_NODES = "2x1"
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
@@ -28,7 +30,7 @@ def script_module(name: str) -> ModuleType:
 
 
 @cache
-def recipe_facts(world: str = "2x1") -> str:
+def recipe_facts(world: str) -> str:
     """What slurm/recipe.py says of experiment demo for outputs OUTPUTS; `world`: nodes x GPUs."""
     nodes, gpus = world.split("x")
     keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
@@ -38,7 +40,7 @@ def recipe_facts(world: str = "2x1") -> str:
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 
 
-def stand_in(folder: Path, outputs: Path, world: str = "2x1", **settings: str) -> Path:
+def stand_in(folder: Path, outputs: Path, world: str = TWO_NODES, **settings: str) -> Path:
     """A VENV whose python is stand_in.py, with its settings."""
     python = folder / "bin/python"
     python.parent.mkdir(parents=True)

@@ -2,7 +2,8 @@
 
 What bash and Slurm do is then tested by the second; that the true programs do the same is tested
 by test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT;
-`fails`, names of stages that fail; `steps`, how many a training takes; `save_every`, of how many.
+`fails`, `holds`, names of stages that fail, or wait; `steps`, how many a training takes;
+`save_every`, of how many.
 """
 
 import json
@@ -86,6 +87,8 @@ def main():
         print("\n".join(f"{key}\t{value}" for key, value in found.items()))
         return
     stage = next(word[6:] for word in words if word.startswith("stage="))
+    while stage in setting("holds"):
+        time.sleep(STEP_SECONDS)
     if stage in setting("fails"):
         sys.exit(f"error: {stage} fails, as told")
     folder = Path(found[f"{stage}.folder"])

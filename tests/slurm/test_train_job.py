@@ -13,7 +13,7 @@ import pytest
 
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import running
-from tests.slurm.jobs import Scripts, recipe_facts, saved, stand_in, steps, text
+from tests.slurm.jobs import TWO_NODES, Scripts, recipe_facts, saved, stand_in, steps, text
 
 # Seconds for what the cluster does within five, unless others use this machine as well.
 SOON = 60
@@ -146,7 +146,7 @@ SCENARIOS = (
 def jobs(tmp_path_factory):
     """All at once, for they mostly wait: two nodes each, and one more for that which is lost."""
     # Hydra cannot compose in several threads.
-    recipe_facts()
+    recipe_facts(TWO_NODES)
     shape = {"nodes": 2 * len(SCENARIOS) + 1}
     with running(**shape) as cluster, ThreadPoolExecutor(len(SCENARIOS)) as pool:
 
