@@ -81,6 +81,16 @@ def told_to_stop(train):
     assert job.starts() == ["none", f"step_{at:06d}"]
 
 
+def stopped_by_hand(train):
+    job = train()
+    job.reach(15)
+    (job.run / "finetune.partial/stop").touch()
+    ended = job.end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
+    assert f"saved as step_{saved(job.run):06d}; the same sbatch line" in text(job.log)
+    assert saved(job.run) >= 15
+
+
 def a_rank_is_killed(train):
     job = train()
     job.reach(15)
@@ -134,6 +144,7 @@ def a_node_is_lost(train):
 
 SCENARIOS = (
     told_to_stop,
+    stopped_by_hand,
     a_rank_is_killed,
     it_always_fails,
     requeued_again_and_again,

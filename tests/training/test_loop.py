@@ -172,8 +172,11 @@ def test_a_file_saves_and_stops_at_the_step_edge_and_is_gone(layout, tmp_path):
     assert stopped.value.exit_code == STOPPED_BY_FILE
     assert checkpoint.newest(tmp_path).name == "step_000003"
     assert not (tmp_path / "stop").exists()
+    # What tells it from a failure, for those who see torchrun's exit code alone.
+    assert (tmp_path / "stopped").exists()
     again, start = make_trainer(tmp_path)
     again.run(start)
+    assert not (tmp_path / "stopped").exists()
     assert sorted(train_losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
 
