@@ -29,7 +29,7 @@ DOCUMENT = "Document {number}:\n{text}"
 # So many other documents are looked at for the one that fills what is left, and so many questions
 # for one whose own documents fit.
 CANDIDATES = 400
-TRIES = 6
+TRIES = 16
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,16 @@ class Questions:
         order = [*near, *(index for index in others if index not in taken)]
         shuffler = rng.random()
         best, limit = None, float(room)
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
             text, ids = self._fill(question, order, limit, shuffler)
             if len(ids) <= room and (best is None or len(ids) > len(best[1])):
                 best = text, ids
-            # Sizes add up only nearly: a token may join what stands on both sides of a seam.
-            limit += room - len(ids) if len(ids) > room else (room - len(ids)) / 2
             if best is not None and room - len(best[1]) <= NEAR * room:
                 break
+            # Sizes add up only nearly: a token may join what stands on both sides of a seam.
+            # Other documents then join others, so that each try leaves some more room.
+            missed = room - len(ids)
+            limit += missed / 2 if missed > 0 else missed - 2 * attempt
         if best is None:
             least = len(self._fill(question, [], 0, shuffler)[1])
             raise StageError(
