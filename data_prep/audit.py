@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,27 +29,38 @@ def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     ]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Documents that training does not see, by reason: boolean [documents] each."""
+
+    held_out: np.ndarray
+    copies_of_held_out: np.ndarray
+    repeated: np.ndarray
+    contaminated: np.ndarray
+    of_other_length: np.ndarray
+
+
 def source_row(
     pool: Pool,
-    held: np.ndarray,
-    copies: np.ndarray,
+    left_out: LeftOut,
     kept: np.ndarray,
     choice: Choice,
     share: int | None,
-    skipped: dict[str, int],
+    skipped: Mapping[str, int],
 ) -> dict[str, Any]:
     """One source's line of the table: documents and tokens before and after mixing.
 
-    `kept` is what length upsampling keeps, of the documents that are neither held out nor
-    `copies` of held-out ones; `share` the token budget; all masks boolean [documents].
+    `kept`, boolean [documents], is what length upsampling keeps of the others than `left_out`;
+    `share` the token budget. A document that is left out for several reasons counts for each.
     """
+    reasons = vars(left_out)
+    dropped = ~np.logical_or.reduce([kept, *reasons.values()])
     return {
         "source": pool.name,
-        "skipped": skipped,
+        "skipped": dict(skipped),
         "read": _sums(pool.lengths),
-        "held_out": _sums(pool.lengths[held]),
-        "copies_of_held_out": _sums(pool.lengths[copies]),
-        "dropped_by_upsampling": _sums(pool.lengths[~(held | copies | kept)]),
+        **{reason: _sums(pool.lengths[mask]) for reason, mask in reasons.items()},
+        "dropped_by_upsampling": _sums(pool.lengths[dropped]),
         "train": {
             **_sums(choice.lengths),
             "distinct_documents": len(np.unique(choice.documents)),
@@ -61,14 +74,19 @@ def source_row(
 
 
 def packing_row(plan: Plan) -> dict[str, Any]:
-    """Rows, tokens, fill rate (tokens over all places), and pieces by length of one packed file."""
+    """Rows, tokens, fill rate (tokens over all places), and pieces by length of one packed file.
+
+    Of a split document the first piece alone begins with <bos>.
+    """
     tokens = int(plan.length.sum())
+    pieces = np.bincount(plan.document) if len(plan.document) else np.empty(0, np.int64)
     return {
         "rows": plan.rows,
         "tokens": tokens,
         "padding": plan.rows * plan.seq_length - tokens,
         "fill_rate": round(plan.fill_rate, 6),
         "pieces": len(plan.length),
+        "split_documents": int((pieces > 1).sum()),
         "histogram_pieces": length_histogram(plan.length),
     }
 

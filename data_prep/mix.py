@@ -28,10 +28,47 @@ class Upsampling:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which documents of a source may be used: min_tokens <= tokens <= max_tokens (<bos> counted),
+    and of those what upsampling keeps, for training."""
+
+    held_out: float
+    upsampling: Upsampling | None = None
+    min_tokens: int = 1
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_held_out(self.held_out)
+        if not 1 <= self.min_tokens <= (self.max_tokens or self.min_tokens):
+            raise DataError(
+                f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: must be 1 or more "
+                "and in this order; set the source's min_tokens and max_tokens"
+            )
+
+    def allowed(self, lengths: np.ndarray) -> np.ndarray:
+        """Boolean [documents]: those of a length in the bounds."""
+        most = np.iinfo(np.int64).max if self.max_tokens is None else self.max_tokens
+        return (lengths >= self.min_tokens) & (lengths <= most)
+
+    def verdict(
+        self, tokens: int, held_draw: float, keep_draw: float, contaminated: bool
+    ) -> tuple[bool, bool]:
+        """(whether training may take the document, whether it may be held out)."""
+        most = self.max_tokens or tokens
+        if contaminated or not self.min_tokens <= tokens <= most:
+            return False, False
+        if held_draw < self.held_out:
+            return False, True
+        up = self.upsampling
+        return up is None or tokens >= up.threshold or keep_draw < up.keep_short, False
+
+
+@dataclass(frozen=True)
 class Pool:
     """The documents of one source in reading order: lengths in tokens, hashes, [documents] each.
 
-    held_draw and keep_draw: uniform in [0, 1), from `draw`; digest: of the text, uint64.
+    held_draw and keep_draw: uniform in [0, 1), from `draw`; digest: of the text, uint64; allowed:
+    boolean, false for those that are not used at all.
     """
 
     name: str
@@ -39,6 +76,7 @@ class Pool:
     held_draw: np.ndarray
     keep_draw: np.ndarray
     digest: np.ndarray
+    allowed: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -104,20 +142,21 @@ def hold_out(pools: list[Pool], fraction: float, max_tokens: int | None) -> list
         DataError: when no source has two documents.
     """
     check_held_out(fraction)
-    held = [pool.held_draw < fraction for pool in pools]
+    held = [(pool.held_draw < fraction) & pool.allowed for pool in pools]
     for pool, mask in zip(pools, held, strict=True):
-        if mask.all():
-            mask[np.argmax(pool.held_draw)] = False
+        if pool.allowed.any() and (mask == pool.allowed).all():
+            mask[np.argmax(np.where(pool.allowed, pool.held_draw, -1.0))] = False
     if not any(mask.any() for mask in held):
-        able = [i for i, pool in enumerate(pools) if len(pool.lengths) > 1]
+        able = [i for i, pool in enumerate(pools) if pool.allowed.sum() > 1]
         if not able:
             raise DataError(
                 f"sources {', '.join(pool.name for pool in pools)} have one document each: none "
                 "can be held out for validation and still leave one to train on; give a source "
                 "with two or more documents"
             )
-        lowest = min(able, key=lambda i: pools[i].held_draw.min())
-        held[lowest][np.argmin(pools[lowest].held_draw)] = True
+        draws = {i: np.where(pools[i].allowed, pools[i].held_draw, 2.0) for i in able}
+        lowest = min(able, key=lambda i: draws[i].min())
+        held[lowest][np.argmin(draws[lowest])] = True
     if max_tokens is not None:
         source = np.concatenate([np.full(mask.sum(), i) for i, mask in enumerate(held)])
         document = np.concatenate([np.flatnonzero(mask) for mask in held])
@@ -130,10 +169,23 @@ def hold_out(pools: list[Pool], fraction: float, max_tokens: int | None) -> list
     return held
 
 
+def repeated(pools: list[Pool]) -> list[np.ndarray]:
+    """Boolean [documents] of each source: allowed, but with the text of an earlier allowed one.
+
+    Earlier: in a source before, or before it in its own.
+    """
+    digests = np.concatenate([pool.digest for pool in pools])
+    allowed = np.flatnonzero(np.concatenate([pool.allowed for pool in pools]))
+    _, first = np.unique(digests[allowed], return_index=True)
+    later = np.zeros(len(digests), bool)
+    later[np.delete(allowed, first)] = True
+    return np.split(later, np.cumsum([len(pool.digest) for pool in pools])[:-1])
+
+
 def copies_of_held_out(pools: list[Pool], held: list[np.ndarray]) -> list[np.ndarray]:
     """Boolean [documents] of each source: not held out, but with the text of one that is."""
     digests = np.concatenate([p.digest[m] for p, m in zip(pools, held, strict=True)])
-    return [np.isin(p.digest, digests) & ~m for p, m in zip(pools, held, strict=True)]
+    return [np.isin(p.digest, digests) & p.allowed & ~m for p, m in zip(pools, held, strict=True)]
 
 
 def choose(

@@ -64,7 +64,8 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path, dtype: str) -> None:
-        self.bin_path, self.idx_path = _paths(prefix)
+        self.prefix = Path(prefix)
+        self.bin_path, _ = _paths(prefix)
         self.dtype = np.dtype(dtype)
         self.lengths = array("i")
         with disk_errors(self.bin_path):
@@ -101,16 +102,23 @@ class IndexedWriter:
             os.fsync(self._stream.fileno())
             self._stream.close()
         lengths = np.frombuffer(self.lengths, np.int32) if self.lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        offsets = ends - lengths.astype(np.int64) * self.dtype.itemsize
-        count = len(lengths)
-        header = _HEADER.pack(_MAGIC, 1, _CODES[self.dtype.name], count, count + 1)
-        documents = np.arange(count + 1, dtype=np.int64)
-        with disk_errors(self.idx_path):
-            write_whole(
-                self.idx_path,
-                header + lengths.tobytes() + offsets.tobytes() + documents.tobytes(),
-            )
+        write_index(self.prefix, self.dtype.name, lengths)
+
+
+def write_index(prefix: Path, dtype: str, lengths: np.ndarray) -> None:
+    """Write PREFIX.idx for items of these lengths, int32 [items].
+
+    Raises:
+        DataError: on a full disk.
+    """
+    itemsize = np.dtype(dtype).itemsize
+    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
+    offsets = ends - lengths.astype(np.int64) * itemsize
+    count = len(lengths)
+    header = _HEADER.pack(_MAGIC, 1, _CODES[dtype], count, count + 1)
+    documents = np.arange(count + 1, dtype=np.int64)
+    content = header + lengths.tobytes() + offsets.tobytes() + documents.tobytes()
+    write_whole(_paths(prefix)[1], content)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -180,34 +188,6 @@ class IndexedReader(Sequence):
         return type(self), (self.prefix,)
 
 
-class PackedRowsWriter:
-    """Writes PREFIX (one item = one row of seq_length tokens) and PREFIX_lengths (its documents).
-
-    `pad_id` fills a row's tail, which belongs to no document.
-    """
-
-    def __init__(self, prefix: Path, seq_length: int, dtype: str, pad_id: int) -> None:
-        self.seq_length = seq_length
-        self.pad_id = pad_id
-        self._rows = IndexedWriter(prefix, dtype)
-        self._lengths = IndexedWriter(_lengths_prefix(prefix), "int32")
-
-    def add(self, documents: list[np.ndarray]) -> None:
-        """Append one row made of these documents' tokens, at most seq_length together."""
-        row = np.full(self.seq_length, self.pad_id, np.int64)
-        tokens = np.concatenate(documents)
-        row[: len(tokens)] = tokens
-        self._rows.add(row)
-        self._lengths.add(np.array([len(document) for document in documents]))
-
-    def __enter__(self) -> PackedRowsWriter:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._lengths.__exit__(kind, error, trace)
-        self._rows.__exit__(kind, error, trace)
-
-
 class PackedRows(Sequence):
     """Rows for training: [i] is a PackedRow.
 
@@ -218,7 +198,7 @@ class PackedRows(Sequence):
     def __init__(self, prefix: Path) -> None:
         self.prefix = Path(prefix)
         self._rows = IndexedReader(self.prefix)
-        self._lengths = IndexedReader(_lengths_prefix(self.prefix))
+        self._lengths = IndexedReader(lengths_prefix(self.prefix))
         if len(self._rows) != len(self._lengths):
             raise DataError(
                 f"{self.prefix}: {len(self._rows)} rows, but lengths of {len(self._lengths)}: "
@@ -263,6 +243,7 @@ def _paths(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
-def _lengths_prefix(prefix: Path) -> Path:
+def lengths_prefix(prefix: Path) -> Path:
+    """Of the file that holds the document lengths of a packed file."""
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + "_lengths")

@@ -1,31 +1,29 @@
-"""Streaming readers: text files, JSON lines, parquet files and folders become documents.
-
-A reader holds one document (one row group's batch for parquet) and the list of file names in
-memory, never a whole source.
-"""
+"""Where text comes from: sources, their files, and the units of them that workers read."""
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import hashlib
-import json
 import os
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import zstandard
-
-FORMATS = ("text", "jsonl", "parquet", "directory")
+FORMATS = ("text", "jsonl", "parquet", "directory", "dataset")
 STDLIB = "stdlib"
+# What a data set's folder holds besides its rows.
+_DATASET_NOTES = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
+_DATASET_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json")
+_COMPRESSED = (".gz", ".zst")
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 _ANY_FILE = "**/*"
-_CHUNK_BYTES = 1 << 20
-_PARQUET_ROWS = 64
+# A unit is read by one worker at a time, and redone where it was interrupted.
+UNIT_BYTES = 32 << 20
+_UNIT_FILES = 4096
+# A file past this is read by several workers where its format lets one begin in the middle.
+SPLIT_BYTES = 256 << 20
 
 
 class DataError(ValueError):
@@ -33,22 +31,15 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text. `id` is stable: the file's path inside the source, with :LINE or :ROW from 1."""
-
-    id: str
-    source: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Source:
     """Where documents come from: a resolved file or folder, or "stdlib" as `path`.
 
     format "text": a file is a document; "jsonl" and "parquet": a line or row is one, its text in
-    `field`; "directory": the text files of one folder, joined, are one. All but parquet are also
-    read from .gz and .zst files. `glob` chooses files inside a folder; names that begin with a dot
-    are never read.
+    `field`; "directory": the text files of one folder, joined, are one; "dataset": a Hugging Face
+    data set's folder, as the hub has it or save_to_disk wrote it: its .parquet, .arrow, .jsonl and
+    .json (lines) files. Text and JSON lines are also read from .gz and .zst files. `glob` chooses
+    files inside a folder; names that begin with a dot are never read. `where`: only rows whose
+    fields have these values; "a.b" is field b of field a.
     """
 
     name: str
@@ -57,6 +48,7 @@ class Source:
     glob: str = _ANY_FILE
     field: str = "text"
     weight: float = 1.0
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -69,6 +61,22 @@ class Source:
                 f"source {self.name}: weight={self.weight}: must be above 0; set the source's "
                 "weight or take the source out"
             )
+        if self.where and self.format in ("text", "directory"):
+            raise DataError(
+                f"source {self.name}: where={self.where}: a {self.format} source has no fields; "
+                "take `where` out, or set format to jsonl, parquet or dataset"
+            )
+
+    @property
+    def root(self) -> Path:
+        """The file or folder itself."""
+        is_stdlib = str(self.path) == STDLIB
+        return Path(sysconfig.get_path("stdlib")) if is_stdlib else Path(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """What the names of the source's files are relative to."""
+        return self.root.parent if self.root.is_file() else self.root
 
 
 class Skips:
@@ -90,7 +98,11 @@ class Skips:
         """
         if self.strict:
             raise DataError(f"{detail}; mend it, or set data.strict=false to skip and count")
-        self.counts[reason] += 1
+        self.count(reason, detail)
+
+    def count(self, reason: str, detail: str, times: int = 1) -> None:
+        """Count items left out that are no fault."""
+        self.counts[reason] += times
         self.first.setdefault(reason, detail)
 
     def describe(self) -> str:
@@ -101,13 +113,36 @@ class Skips:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Documents that are read one after another: a file, a folder's files, or a range of a file.
+
+    start, stop: bytes of a plain file of JSON lines, row groups of a parquet file; stop None: to
+    the end. first_row: rows before the first row group.
+    """
+
+    key: str
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int | None = None
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts that one worker reads in one go; size: bytes of their files."""
+
+    parts: tuple[Part, ...]
+    size: int
+
+
 def list_files(source: Source) -> list[str]:
     """The files of a source, relative to its folder, sorted.
 
     Raises:
         DataError: when the path does not exist or no file matches.
     """
-    root = _root(source)
+    root = source.root
     if root.is_file():
         return [root.name]
     if not root.is_dir():
@@ -126,7 +161,9 @@ def list_files(source: Source) -> list[str]:
     for path in paths:
         name = path.relative_to(root)
         hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and left_out.isdisjoint(name.parts) and path.is_file():
+        if hidden or not left_out.isdisjoint(name.parts) or not path.is_file():
+            continue
+        if source.format != "dataset" or kind_of(source, name.as_posix()):
             names.append(name.as_posix())
     if not names:
         raise DataError(
@@ -136,35 +173,39 @@ def list_files(source: Source) -> list[str]:
     return sorted(names)
 
 
+def kind_of(source: Source, name: str) -> str | None:
+    """How a file is read: "text", "jsonl", "parquet" or "arrow"; None: no rows of a data set."""
+    if source.format != "dataset":
+        return source.format
+    path = Path(name)
+    if path.name in _DATASET_NOTES:
+        return None
+    plain = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    if plain.suffix not in _DATASET_SUFFIXES:
+        return None
+    return {".parquet": "parquet", ".arrow": "arrow"}.get(plain.suffix, "jsonl")
+
+
 def fingerprint(source: Source) -> str:
     """16 hex digits over names, sizes and times of a source's files: changes when they do."""
-    root = _root(source)
-    folder = root.parent if root.is_file() else root
     total = hashlib.sha256()
     for name in list_files(source):
-        status = (folder / name).stat()
+        status = (source.folder / name).stat()
         total.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return total.hexdigest()[:16]
 
 
-def read_documents(
-    source: Source, skips: Skips | None = None, seed: int | None = None
-) -> Iterator[Document]:
-    """Yield a source's documents.
+def plan_units(source: Source, seed: int | None, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """The units of a source, in the order in which its documents count.
 
     Args:
-        skips: takes the counts of what is left out: broken lines, undecodable bytes, missing
-            fields, empty documents.
-        seed: orders the files (folders, for "directory") by a hash, so that the first documents
-            are a fair sample of the whole; None keeps them sorted.
+        seed: orders files (folders, for "directory") by a hash, so that the first documents are a
+            fair sample of the whole; None keeps them sorted.
+        unit_bytes: what a unit of several files grows to, and the length of ranges of a large one.
 
     Raises:
-        DataError: on a path or file that cannot be read, a source without any document, and, when
-            `skips` is strict, on everything it would count except empty documents.
+        DataError: on a path that does not exist, no file, or a large file that cannot be read.
     """
-    skips = Skips() if skips is None else skips
-    root = _root(source)
-    folder = root.parent if root.is_file() else root
     groups: dict[str, list[str]] = {}
     for name in list_files(source):
         key = os.path.dirname(name) or "." if source.format == "directory" else name
@@ -172,171 +213,40 @@ def read_documents(
     order = sorted(groups)
     if seed is not None:
         order.sort(key=lambda key: hashlib.blake2b(f"{seed}\0{key}".encode()).digest())
-    read = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}.get(source.format)
-    found = False
+    units: list[Unit] = []
+    waiting: list[Part] = []
+    files = size = 0
     for key in order:
-        try:
-            if read is None:
-                texts = iter([(key, _join_folder(folder, groups[key], skips))])
-            else:
-                texts = read(folder, key, source, skips)
-            for name, text in texts:
-                if text.strip():
-                    found = True
-                    yield Document(name, source.name, text)
-                else:
-                    skips.counts["empty documents"] += 1
-                    skips.first.setdefault("empty documents", str(folder / name))
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(
-                f"source {source.name}: cannot read {folder / key}: {error}; check the file and "
-                "its permissions, or take it out of the source"
-            ) from error
-    if not found:
-        raise DataError(
-            f"source {source.name}: no document in {root} (format {source.format}; left out: "
-            f"{skips.describe() or 'nothing'}); check the source's path, format, glob and field"
-        )
-
-
-def _root(source: Source) -> Path:
-    if str(source.path) == STDLIB:
-        return Path(sysconfig.get_path("stdlib"))
-    return Path(source.path)
-
-
-def _decode(raw: bytes, where: str, skips: Skips, offset: int = 0) -> str | None:
-    """UTF-8 text; None, counted, where it is not. `offset`: of raw in its file, in bytes."""
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        skips.add(
-            "undecodable texts",
-            f"{where}: byte {raw[error.start]:#04x} at offset {offset + error.start} is not UTF-8",
-        )
-        return None
-
-
-def _read_text(folder: Path, name: str, source: Source, skips: Skips) -> Iterator[tuple[str, str]]:
-    text = _decode(b"".join(_chunks(folder / name)), str(folder / name), skips)
-    if text is not None:
-        yield name, text
-
-
-def _join_folder(folder: Path, names: list[str], skips: Skips) -> str:
-    parts = []
-    for name in names:
-        text = _decode(b"".join(_chunks(folder / name)), str(folder / name), skips)
-        if text and text.strip():
-            parts.append(f"==> {name} <==\n{text.rstrip()}\n")
-    return "\n".join(parts)
-
-
-def _read_jsonl(folder: Path, name: str, source: Source, skips: Skips) -> Iterator[tuple[str, str]]:
-    offset = 0
-    for number, raw in enumerate(_lines(folder / name), start=1):
-        where = f"{folder / name}:{number}"
-        line = _decode(raw, where, skips, offset)
-        offset += len(raw) + 1
-        if line is None or not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            skips.add("broken lines", f"{where}: not JSON: {error}")
-            continue
-        text = record.get(source.field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            skips.add(
-                "missing fields", f"{where}: no text in field {source.field!r}; it has {keys}"
-            )
-        elif _has_surrogates(text):
-            # json accepts "\ud800" alone, which no encoder and no tokenizer does
-            skips.add("undecodable texts", f"{where}: half of a surrogate pair is not UTF-8")
+        group = groups[key]
+        bytes_here = sum((source.folder / name).stat().st_size for name in group)
+        ranges = list(_ranges(source, key, bytes_here, unit_bytes))
+        if waiting and (ranges or size + bytes_here > unit_bytes or files > _UNIT_FILES):
+            units.append(Unit(tuple(waiting), size))
+            waiting, files, size = [], 0, 0
+        if ranges:
+            units += ranges
         else:
-            yield f"{name}:{number}", text
+            waiting.append(Part(key, tuple(group)))
+            files, size = files + len(group), size + bytes_here
+    if waiting:
+        units.append(Unit(tuple(waiting), size))
+    return units
 
 
-def _has_surrogates(text: str) -> bool:
-    if text.isascii():
-        return False
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain, .gz or .zst file, without their ends."""
-    pending = b""
-    for chunk in _chunks(path):
-        first, *rest = chunk.split(b"\n")
-        pending += first
-        for part in rest:
-            yield pending
-            pending = part
-    if pending:
-        yield pending
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rb") as stream:
-            yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
+def _ranges(source: Source, name: str, size: int, unit_bytes: int) -> Iterator[Unit]:
+    """Ranges of a large file, each a unit; nothing where the file is read as a whole."""
+    kind = kind_of(source, name)
+    if size <= SPLIT_BYTES:
         return
-    with path.open("rb") as stream:
-        raw = iter(partial(stream.read, _CHUNK_BYTES), b"")
-        yield from _unzstd(raw) if path.suffix == ".zst" else raw
+    if kind == "jsonl" and Path(name).suffix not in _COMPRESSED:
+        for start in range(0, size, unit_bytes):
+            stop = min(start + unit_bytes, size)
+            yield Unit((Part(name, (name,), start, stop),), stop - start)
+    elif kind == "parquet":
+        from data_prep.readers import row_groups
 
-
-def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    # zstandard's own stream reader takes a truncated file for a whole one; decompressobj tells
-    decompressor = None
-    for chunk in chunks:
-        while chunk:
-            if decompressor is None:
-                decompressor = zstandard.ZstdDecompressor().decompressobj()
-            yield decompressor.decompress(chunk)
-            chunk = decompressor.unused_data if decompressor.eof else b""
-            if decompressor.eof:
-                decompressor = None
-    if decompressor is not None:
-        raise EOFError("the zstd stream ends before its end marker")
-
-
-def _read_parquet(
-    folder: Path, name: str, source: Source, skips: Skips
-) -> Iterator[tuple[str, str]]:
-    # imported here: half a second that other formats need not pay
-    import pyarrow
-    import pyarrow.parquet
-
-    path = folder / name
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            columns = {column: str(schema.field(column).type) for column in schema.names}
-            if columns.get(source.field) not in ("string", "large_string"):
-                raise DataError(
-                    f"{path}: no text column {source.field!r}; it has {columns}; set the "
-                    "source's field"
-                )
-            number = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[source.field]):
-                # binary, because one undecodable row would make the whole batch fail
-                for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    number += 1
-                    where = f"{path}:{number}"
-                    if raw is None:
-                        skips.add("missing fields", f"{where}: field {source.field!r} is null")
-                        continue
-                    text = _decode(raw, where, skips)
-                    if text is not None:
-                        yield f"{name}:{number}", text
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"source {source.name}: cannot read {path}: {error}; check that it is a whole parquet "
-            "file, or take it out of the source"
-        ) from error
+        groups = row_groups(source, name)
+        rows = 0
+        for number, (group_rows, group_bytes) in enumerate(groups):
+            yield Unit((Part(name, (name,), number, number + 1, rows),), group_bytes)
+            rows += group_rows

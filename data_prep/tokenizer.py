@@ -1,96 +1,196 @@
-"""The model's own tokenizer over a stream of documents, in processes, in order."""
+"""The model's own tokenizer: its ids of texts of any length, by the fastest way that gives them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
 import re
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
-from data_prep.sources import DataError, Document
+from data_prep.merges import MergeEngine, Unsupported, cut_of
+from data_prep.parity import parity_sample
+from data_prep.sources import DataError
 
-# A worker gets documents together until they reach this; also the most one piece holds.
-BATCH_CHARACTERS = 1 << 18
+ENGINES = ("auto", "tiktoken", "tokenizers")
+# The most characters of one call, as far as the text can be cut.
 PIECE_CHARACTERS = 1 << 16
-# Tokenized here before processes are started, which import the program anew: as long as that takes.
-ALONE_CHARACTERS = 1 << 22
-_BATCH_DOCUMENTS = 256
-# Before a plain space and after a letter or digit: see Encoder.
-_CUT = re.compile(r"(?<=[^\W_]) ")
-
-
-@dataclass(frozen=True)
-class TokenizedDocument:
-    """A document's token ids, <bos> first (int32 [tokens]), and a digest of its text."""
-
-    id: str
-    source: str
-    tokens: np.ndarray
-    digest: int
-
-
-class Encoder:
-    """A tokenizers.Tokenizer that adds no special token and reads none out of the text.
-
-    "<s>" in a text is three characters, not the start of a document. A long document is encoded
-    in pieces of about PIECE_CHARACTERS where that provably gives the ids of the whole, because
-    the memory and time of one call grow with its text; otherwise whole. A cut before a plain space
-    that follows a letter or digit is proven for BPE without a normalizer, where no added token can
-    match over the cut, in two cases:
-    - byte-level with GPT-2's regular expression (with or without Digits before it): no alternative
-      goes on from a letter or digit into a space, and none before the cut looks ahead over it;
-    - Metaspace, when no token of the vocabulary holds a space after another character: then no
-      merge joins the two sides. A piece that begins with a space gets no further prefix.
-    """
-
-    def __init__(self, serialized: str) -> None:
-        self.tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True
-        self.can_cut = _can_cut(json.loads(serialized))
-
-    def encode(self, text: str, piece_characters: int = PIECE_CHARACTERS) -> np.ndarray:
-        """Token ids of a text, int32 [tokens], without <bos>."""
-        pieces = self.pieces(text, piece_characters) if self.can_cut else iter([text])
-        ids = [self.tokenizer.encode(piece, add_special_tokens=False).ids for piece in pieces]
-        return np.fromiter(chain.from_iterable(ids), np.int32, sum(map(len, ids)))
-
-    @staticmethod
-    def pieces(text: str, piece_characters: int) -> Iterator[str]:
-        """The text cut before spaces, each piece at least `piece_characters` but the last."""
-        start = 0
-        while start < len(text):
-            cut = _CUT.search(text, start + piece_characters)
-            stop = cut.start() if cut else len(text)
-            yield text[start:stop]
-            start = stop
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """What data_prep needs of a model's tokenizer; `serialized` is tokenizers' JSON."""
+    """What data_prep needs of a model's tokenizer; `serialized` is tokenizers' JSON.
+
+    engine: "tiktoken" or "tokenizers", which of the two makes the ids.
+    """
 
     serialized: str
     bos_id: int
     vocab_size: int
+    engine: str = "tokenizers"
 
 
-def load_tokenizer(folder: Path) -> ModelTokenizer:
-    """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it.
+class Encoder:
+    """Ids of a tokenizers.Tokenizer that adds no special token and reads none out of the text.
+
+    "<s>" in a text is three characters, not the start of a document. A long document is encoded
+    in pieces of about PIECE_CHARACTERS where that provably gives the ids of the whole, because
+    the memory and time of one call grow with its text; otherwise whole. A cut before a space or
+    line end that follows a word (or ASCII punctuation) is proven for plain BPE, where no added
+    token can match over the cut, in two cases:
+    - byte-level with GPT-2's regular expression (with or without Digits before it): no alternative
+      goes on from there into whitespace, and none before the cut looks ahead over it;
+    - BPE over the whole text, when no token of the vocabulary holds a space (line end) after
+      another character: then no merge joins the two sides.
+    """
+
+    def __init__(self, serialized: str, engine: str = "tokenizers") -> None:
+        """`serialized`: a tokenizer.json; `engine`: "tiktoken" or "tokenizers".
+
+        Raises:
+            Unsupported: when tiktoken's engine does not do this tokenizer.
+        """
+        self._serialized = serialized
+        config = json.loads(serialized)
+        self.merges = MergeEngine(config) if engine == "tiktoken" else None
+        self.cut = cut_of(config, own_prefix=self.merges is not None)
+        self._tokenizer: tokenizers.Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """tokenizers' own, made when it is first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._serialized)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = True
+        return self._tokenizer
+
+    def reference(self, text: str) -> np.ndarray:
+        """tokenizers' own ids of a text as a whole, int32 [tokens]."""
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, int32 [tokens], without <bos>."""
+        return np.concatenate([np.empty(0, np.int32), *self.encode_stream([text])])
+
+    def encode_stream(
+        self, texts: Iterable[str], piece_characters: int = PIECE_CHARACTERS
+    ) -> Iterator[np.ndarray]:
+        """Token ids of one document that comes in pieces, in pieces of their own."""
+        first = True
+        for piece in pieces(texts, self.cut, piece_characters):
+            ids = self.merges.encode(piece, first) if self.merges else None
+            yield self.reference(piece) if ids is None else ids
+            first = False
+
+    def check(self, text: str) -> None:
+        """Hold tiktoken's ids of a text against tokenizers'.
+
+        Raises:
+            DataError: when they differ.
+        """
+        if self.merges and not np.array_equal(self.encode(text), self.reference(text)):
+            raise DataError(
+                f"the text that begins {text[:60]!r}: tiktoken's engine gives other ids than "
+                "tokenizers; set data.engine=tokenizers"
+            )
+
+
+def pieces(texts: Iterable[str], cut: re.Pattern | None, piece_characters: int) -> Iterator[str]:
+    """A text that comes in pieces, cut anew: at least `piece_characters` each but the last.
+
+    Args:
+        cut: where it may be cut, before the matched character; None: nowhere.
+    """
+    rest, seen = "", 0
+    for text in texts:
+        rest += text
+        start = 0
+        while cut and len(rest) - start > piece_characters:
+            found = cut.search(rest, max(start + piece_characters, seen))
+            if not found:
+                # what has been searched is not searched again
+                seen = len(rest)
+                break
+            yield rest[start : found.start()]
+            start = found.start()
+        rest = rest[start:]
+        seen = max(0, seen - start)
+    if rest:
+        yield rest
+
+
+def mismatch(encoder: Encoder) -> str | None:
+    """The first of parity_sample's texts of which the engine's ids are not tokenizers' own."""
+    for text in parity_sample(json.loads(encoder.tokenizer.to_str())):
+        if not np.array_equal(encoder.encode(text), encoder.reference(text)):
+            return text
+    return None
+
+
+def choose_engine(serialized: str, wanted: str = "auto") -> tuple[str, str]:
+    """(engine, why): tiktoken's where it does the tokenizer and gives the same ids.
 
     Raises:
-        DataError: when there is none, it has no fast form, or it has no <bos> token.
+        DataError: on an unknown engine, or when tiktoken's is asked for and will not do.
+    """
+    if wanted not in ENGINES:
+        raise DataError(
+            f"data.engine={wanted!r}: must be one of {', '.join(ENGINES)}; set data.engine"
+        )
+    if wanted == "tokenizers":
+        return "tokenizers", "as data.engine says"
+    try:
+        text = mismatch(Encoder(serialized, "tiktoken"))
+        reason = None if text is None else f"it gives other ids for {text[:40]!r}"
+    except (Unsupported, KeyError, ValueError) as error:
+        # tiktoken raises ValueError on an expression that it cannot read
+        reason = str(error)
+    if reason is None:
+        return "tiktoken", "its ids are those of tokenizers on every text of the check"
+    if wanted == "tiktoken":
+        raise DataError(
+            f"data.engine=tiktoken: cannot be used for this tokenizer: {reason}; set "
+            "data.engine=auto"
+        )
+    return "tokenizers", f"tiktoken's engine cannot be used: {reason}"
+
+
+def check_sentencepiece(folder: Path, serialized: str) -> None:
+    """Hold what transformers made of a tokenizer.model against SentencePiece's own ids.
+
+    transformers 5.23 leaves out the scores, by which runs of spaces (indented code) come last.
+
+    Raises:
+        DataError: when they differ.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    encoder = Encoder(serialized)
+    for spaces in range(1, 18):
+        text = f"def f(x):\n{' ' * spaces}return x"
+        if encoder.reference(text).tolist() != processor.encode(text):
+            raise DataError(
+                f"{folder / 'tokenizer.model'}: transformers gives {text!r} other ids than "
+                "SentencePiece, which the model was trained with; put the model's tokenizer.json "
+                "beside it"
+            )
+
+
+def load_tokenizer(folder: Path, engine: str = "auto") -> tuple[ModelTokenizer, str]:
+    """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it.
+
+    Returns:
+        The tokenizer, and why its engine was chosen.
+
+    Raises:
+        DataError: when there is none, it has no fast form, or it has no <bos> token; and what
+            choose_engine raises.
     """
     from transformers import AutoTokenizer
 
@@ -114,117 +214,14 @@ def load_tokenizer(folder: Path) -> ModelTokenizer:
             'bos_token in its tokenizer_config.json, such as "<s>"'
         )
     backend = tokenizer.backend_tokenizer
-    return ModelTokenizer(
-        serialized=backend.to_str(),
+    serialized = backend.to_str()
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        check_sentencepiece(folder, serialized)
+    chosen, why = choose_engine(serialized, engine)
+    made = ModelTokenizer(
+        serialized=serialized,
         bos_id=tokenizer.bos_token_id,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        engine=chosen,
     )
-
-
-def tokenize_documents(
-    documents: Iterator[Document], tokenizer: ModelTokenizer, workers: int = 1
-) -> Iterator[TokenizedDocument]:
-    """Documents in their order as token ids; the same for every number of workers.
-
-    At most two batches per worker are read ahead, so memory does not grow with the source.
-
-    Raises:
-        DataError: on workers below 1, and when a worker process dies.
-    """
-    if workers < 1:
-        raise DataError(f"data.workers={workers}: must be 1 or more; set data.workers")
-    batches = _batches(documents)
-    encoder = Encoder(tokenizer.serialized)
-    alone = 0
-    for batch in batches:
-        yield from _tokenize(batch, encoder, tokenizer.bos_id)
-        alone += sum(len(document.text) for document in batch)
-        if workers > 1 and alone >= ALONE_CHARACTERS:
-            break
-    else:
-        return
-    # spawn: a forked copy of a process with threads (torch, tokenizers) may hang
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.serialized, tokenizer.bos_id),
-    )
-    waiting: deque[Future] = deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_tokenize_in_worker, batch))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a tokenizer process of {workers} died, as when memory runs out; set data.workers "
-            "lower"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenize(batch: list[Document], encoder: Encoder, bos_id: int) -> list[TokenizedDocument]:
-    done = []
-    for document in batch:
-        tokens = np.concatenate([np.array([bos_id], np.int32), encoder.encode(document.text)])
-        digest = hashlib.blake2b(document.text.encode("utf-8"), digest_size=8).digest()
-        done.append(
-            TokenizedDocument(
-                document.id, document.source, tokens, int.from_bytes(digest, "little")
-            )
-        )
-    return done
-
-
-_worker: tuple[Encoder, int] | None = None
-
-
-def _start_worker(serialized: str, bos_id: int) -> None:
-    global _worker
-    _worker = Encoder(serialized), bos_id
-
-
-def _tokenize_in_worker(batch: list[Document]) -> list[TokenizedDocument]:
-    return _tokenize(batch, *_worker)
-
-
-def _can_cut(config: dict) -> bool:
-    """Whether Encoder's proof holds for a tokenizer.json."""
-    model = config["model"]
-    plain = (
-        model.get("type") == "BPE"
-        and config.get("normalizer") is None
-        and not model.get("dropout")
-        and not model.get("continuing_subword_prefix")
-        and not model.get("end_of_word_suffix")
-        and all(token["special"] for token in config.get("added_tokens", []))
-    )
-    steps = config.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    if kinds in (["ByteLevel"], ["Digits", "ByteLevel"]):
-        return plain and steps[-1]["use_regex"] and not steps[-1]["add_prefix_space"]
-    if kinds == ["Metaspace"]:
-        space = steps[0]["replacement"]
-        crosses = any(space in token.lstrip(space) for token in model["vocab"])
-        # a space outside the vocabulary could join its unknown neighbours into one token, and
-        # ignore_merges takes a last piece that is a token of the vocabulary without its merges
-        return plain and not crosses and space in model["vocab"] and not model["ignore_merges"]
-    return False
+    return made, why

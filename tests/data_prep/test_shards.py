@@ -12,7 +12,6 @@ from data_prep.shards import (
     IndexedReader,
     IndexedWriter,
     PackedRows,
-    PackedRowsWriter,
     token_dtype,
     write_whole,
 )
@@ -29,9 +28,10 @@ def write_items(prefix, dtype="uint16", items=ITEMS):
 
 
 def write_rows(prefix):
-    with PackedRowsWriter(prefix, 6, "uint16", pad_id=9) as writer:
-        writer.add([np.array([1, 2, 3]), np.array([1, 4, 5])])
-        writer.add([np.array([1, 6])])
+    rows, lengths = [[1, 2, 3, 1, 4, 5], [1, 6, 9, 9, 9, 9]], [[3, 3], [2]]
+    write_items(prefix, "uint16", [np.array(row) for row in rows])
+    lengths = [np.array(row) for row in lengths]
+    write_items(prefix.with_name(prefix.name + "_lengths"), "int32", lengths)
     return prefix
 
 

@@ -1,26 +1,34 @@
 """The stage on real files: same bytes for any workers, held-out never in training, exact budget."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import shards
-from data_prep import tokenizer as tokenizer_module
+from data_prep import corpus, shards, sources
 from data_prep.audit import length_histogram
 from data_prep.mix import draw
 from data_prep.shards import HeldOutDocuments, PackedRows
 from data_prep.sources import DataError
-from pipeline.manifest import StageContext, StageError
-from pipeline.schema import (
-    Config,
+from pipeline import progress
+from pipeline.manifest import StageContext, StageError, finish
+from pipeline.schema import Config, ModelSection
+from pipeline.schema_of_data import (
     DataSection,
-    ModelSection,
+    DecontaminateSection,
     SourceSection,
     UpsampleSection,
 )
@@ -29,6 +37,7 @@ from tests.data_prep.helpers import byte_level, save_model_folder
 
 COPY = "the same text twice"
 LOG = logging.getLogger("tests.data_prep")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,7 @@ def section(root, **changes):
 
 
 def run(root, out, vocab_size=4096, **changes):
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     context = StageContext(
         Config(data=section(root, **changes), model=ModelSection(vocab_size=vocab_size)),
         out,
@@ -77,6 +86,13 @@ def run(root, out, vocab_size=4096, **changes):
         LOG,
     )
     return data_prep.run(context)
+
+
+def small_units(monkeypatch):
+    """Several units of each source, and ranges of its file of lines."""
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 4000)
+    monkeypatch.setattr(corpus, "_LEAST_UNIT_BYTES", 4000)
+    monkeypatch.setattr(sources, "SPLIT_BYTES", 20_000)
 
 
 def digest_of(folder):
@@ -110,6 +126,8 @@ def test_every_document_once_in_train_or_held_out(fetched, tmp_path, packing):
     assert read == 40 + 202
     starts = sum(int((row.tokens[: 128 - row.padding] == bos).sum()) for row in train)
     assert starts == read - len(whole) - copies
+    splits = counts["train"]["pieces"] - starts
+    assert (splits >= counts["train"]["split_documents"]) and (splits > 0)
     # tokens are the files' own: decoded pieces of training and held-out make up all texts
     texts = [p.read_text() for p in sorted((fetched / "fetch/packages").rglob("*.txt"))]
     raw_lines = (fetched / "lines/a.jsonl").read_text().splitlines()
@@ -124,7 +142,7 @@ def test_every_document_once_in_train_or_held_out(fetched, tmp_path, packing):
     for tokens, text in documents_of(train):
         if tokens[0] == bos and len(text.split(" ")) > 2:
             assert text.split(" ")[0] + text.split(" ")[1] not in openings
-    assert not (tmp_path / "out/scratch").exists()
+    assert not (tmp_path / "out/scratch").exists() and not (tmp_path / "out/units").exists()
     assert json.loads((tmp_path / "out/audit.json").read_text()) == counts
 
 
@@ -158,8 +176,7 @@ def test_names_of_held_out_documents_lead_back_to_their_texts(fetched, tmp_path)
 
 @pytest.mark.parametrize("tokens", [None, 6000])
 def test_one_and_two_workers_write_the_same_bytes(fetched, tmp_path, monkeypatch, tokens):
-    monkeypatch.setattr(tokenizer_module, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(tokenizer_module, "ALONE_CHARACTERS", 5000)
+    small_units(monkeypatch)
     upsample = UpsampleSection(200, 0.3)
     for workers in (1, 2):
         options = {"workers": workers, "tokens": tokens, "upsample": upsample}
@@ -218,7 +235,7 @@ def test_weights_without_budget_are_said_to_have_no_effect(fetched, tmp_path, ca
 
 
 def test_wrong_values_are_refused_before_tokenising(fetched, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep, "load_tokenizer", lambda folder: pytest.fail("too late"))
+    monkeypatch.setattr(data_prep, "load_tokenizer", lambda *_: pytest.fail("too late"))
     for name, value in {"packing": "sort", "held_out": 0.0, "seq_length": 1}.items():
         with pytest.raises(DataError, match=f"data.{name}="):
             run(fetched, tmp_path / name, **{name: value})
@@ -245,7 +262,9 @@ def test_depends_on_what_changes_the_result_and_nothing_else(fetched):
     assert state() == first
 
 
-@pytest.mark.parametrize("full", ["train.bin", "held_out_documents.bin", "audit.json", "0.bin"])
+@pytest.mark.parametrize(
+    "full", ["train.bin", "held_out_documents.bin", "audit.json", "000000.bin"]
+)
 def test_a_full_disk_stops_the_stage_with_a_remedy(fetched, tmp_path, monkeypatch, full):
     fsync = os.fsync
 
@@ -260,10 +279,10 @@ def test_a_full_disk_stops_the_stage_with_a_remedy(fetched, tmp_path, monkeypatc
 
 
 def test_progress_speaks_in_lines_without_a_terminal(fetched, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(data_prep, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     with caplog.at_level("INFO"):
         run(fetched, tmp_path / "out", tokens=3000)
-    assert "tokenize books: " in caplog.text
+    assert re.search(r"tokenize: [\d,]+ tokens, [\d,]+ a second, \d+%, \d+ s left", caplog.text)
     assert "write train: " in caplog.text
 
 
@@ -275,3 +294,176 @@ def test_histogram_counts_every_document_once():
     assert [b["documents"] for b in buckets[:3]] == [2, 2, 1]
     assert buckets[-1]["start"] <= 5000 < buckets[-1]["stop"]
     assert length_histogram(np.array([], np.int64)) == []
+
+
+def test_documents_with_one_text_are_used_once_where_asked(fetched, tmp_path):
+    counts = run(fetched, tmp_path / "out", deduplicate=True, packing="best_fit")
+    assert [row["repeated"]["documents"] for row in counts["sources"]] == [0, 1]
+    pieces = [text for _, text in documents_of(PackedRows(tmp_path / "out/train"))]
+    pieces += [text for _, text in documents_of(PackedRows(tmp_path / "out/held_out"))]
+    assert [text.removeprefix("<s>") for text in pieces].count(COPY) == 1
+
+
+def test_evaluation_texts_are_kept_out(fetched, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"question": f"Q: {COPY}"}) + "\n")
+    texts = SourceSection("tasks", str(tmp_path / "tasks.jsonl"), format="jsonl", field="question")
+    options = {"decontaminate": DecontaminateSection([texts], 8), "packing": "best_fit"}
+    counts = run(fetched, tmp_path / "out", **options)
+    assert [row["contaminated"]["documents"] for row in counts["sources"]] == [0, 2]
+    for name in ("train", "held_out"):
+        found = {text for _, text in documents_of(PackedRows(tmp_path / "out" / name))}
+        assert COPY not in {text.removeprefix("<s>") for text in found}
+
+
+def test_a_source_gives_documents_of_its_lengths_and_by_its_own_upsampling(fetched, tmp_path):
+    books, lines = section(fetched).sources
+    bounded = [dataclasses.replace(books, min_tokens=400, upsample=UpsampleSection(10**6, 1.0))]
+    bounded.append(dataclasses.replace(lines, max_tokens=150))
+    options = {"sources": bounded, "upsample": UpsampleSection(10**6, 0.2), "held_out": 0.01}
+    rows = run(fetched, tmp_path / "out", packing="best_fit", **options)["sources"]
+    assert all(row["of_other_length"]["documents"] > 5 for row in rows)
+    assert rows[0]["histogram_train"][-1]["documents"] > 0
+    assert min(b["start"] for b in rows[0]["histogram_train"] if b["documents"]) >= 256
+    assert rows[0]["dropped_by_upsampling"]["documents"] == 0
+    assert rows[1]["dropped_by_upsampling"]["documents"] > 50
+
+
+def test_what_repeats_is_made_up_for_by_further_units(fetched, tmp_path, monkeypatch):
+    """The budget is met without a second pass though a third of what is read is the same."""
+    small_units(monkeypatch)
+    folder = tmp_path / "same"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(f"text {i % 40} " * 300)
+    (source,) = [SourceSection("same", str(folder), format="text")]
+    options = {"sources": [source], "tokens": 30_000, "held_out": 0.05, "deduplicate": True}
+    (row,) = run(fetched, tmp_path / "out", **options)["sources"]
+    assert row["train"]["tokens"] == 30_000 and row["epochs"] <= 1
+    assert row["repeated"]["documents"] > 0 and row["read"]["documents"] < 60
+
+
+def test_every_token_stands_where_its_source_has_it(fetched, tmp_path):
+    """Rows decoded are the files' own text: each document's pieces, end to end, are it."""
+    run(fetched, tmp_path / "out", packing="best_fit", held_out=0.1, seq_length=64)
+    texts = {p.read_text() for p in (fetched / "fetch/packages").rglob("*.txt")}
+    lines = (fetched / "lines/a.jsonl").read_text().splitlines()
+    texts |= {json.loads(line)["text"] for line in lines if line != "{broken"}
+    found = Counter()
+    for name in ("train", "held_out"):
+        for tokens, text in documents_of(PackedRows(tmp_path / "out" / name)):
+            if len(tokens) < 64 and tokens[0] == 0:
+                found[text.removeprefix("<s>") in texts] += 1
+            else:
+                found[any(text.removeprefix("<s>") in whole for whole in texts)] += 1
+    assert found[True] > 200 and not found[False]
+
+
+def finished_run(root, folder, **changes):
+    """Run the stage into folder/NAME and finish it as the runner does; NAME's manifest is there."""
+    config = Config(data=section(root, **changes), model=ModelSection(vocab_size=4096))
+    out = folder / "current.partial"
+    out.mkdir(parents=True)
+    (out / "partial.json").write_text(json.dumps({"inputs": {"fetch": "1"}}))
+    context = StageContext(config, out, lambda stage: root / stage, LOG)
+    counts = data_prep.run(context)
+    depends_on = json.loads(json.dumps(data_prep.depends_on(config)))
+    name = (changes.get("shard") or "whole").replace("/", "of")
+    finish(out, folder / name, "data_prep", depends_on, {"fetch": "1"}, counts, 0.0)
+    (folder / name / "partial.json").unlink()
+    (folder / name / "manifest.json").rename(folder / name / "manifest.kept")
+    if changes.get("shard"):
+        (folder / name / "manifest.kept").rename(folder / name / "manifest.json")
+    return counts
+
+
+@pytest.mark.parametrize("tokens", [None, 9000])
+def test_shards_merged_are_the_bytes_of_one_run(fetched, tmp_path, monkeypatch, caplog, tokens):
+    small_units(monkeypatch)
+    options = {"tokens": tokens, "upsample": UpsampleSection(200, 0.3)}
+    finished_run(fetched, tmp_path / "one", **options)
+    units = 0
+    for number in (1, 2, 3):
+        counts = finished_run(fetched, tmp_path / "three", shard=f"{number}/3", **options)
+        units += sum(row["units"] for row in counts["sources"])
+    assert units > 6
+    with caplog.at_level("INFO"):
+        finished_run(fetched, tmp_path / "three", **options)
+    assert "merging 3 shards" in caplog.text
+    for name in ("one", "three"):
+        (tmp_path / name / "whole/manifest.kept").unlink()
+    assert digest_of(tmp_path / "one/whole") == digest_of(tmp_path / "three/whole")
+
+
+def test_a_missing_and_a_damaged_shard_stop_the_merge(fetched, tmp_path, monkeypatch):
+    small_units(monkeypatch)
+    for number in (1, 3):
+        finished_run(fetched, tmp_path, shard=f"{number}/3")
+    with pytest.raises(StageError, match=r"of 3 shards 2/3 is missing; run .*data\.shard=2/3"):
+        finished_run(fetched, tmp_path)
+    shutil.rmtree(tmp_path / "current.partial")
+    finished_run(fetched, tmp_path, shard="2/3")
+    files = (tmp_path / "2of3/units/1").glob("*.bin")
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    with pytest.raises(DataError, match="is not the file that was written; remove .*2of3/units"):
+        finished_run(fetched, tmp_path)
+    shutil.rmtree(tmp_path / "current.partial")
+    with pytest.raises(DataError, match=r"data\.shard='4/3': must be i/n with i from 1 to n"):
+        finished_run(fetched, tmp_path, shard="4/3")
+
+
+RUN_ALONE = """
+import sys
+from pathlib import Path
+from data_prep import corpus, sources
+from data_prep.tokenizer import ModelTokenizer
+from tests.data_prep import test_stage
+corpus.UNIT_BYTES, sources.SPLIT_BYTES = 4000, 20_000
+root, out = map(Path, sys.argv[1:])
+text = (root / "fetch/model/tokenizer.json").read_text()
+# as transformers reads it, without the seconds that importing it takes
+tokenizer = ModelTokenizer(text, test_stage.byte_level().token_to_id("<s>"), 420, "tiktoken")
+test_stage.data_prep.load_tokenizer = lambda *_: (tokenizer, "")
+test_stage.run(root, out, workers=2, packing="best_fit")
+"""
+
+
+def run_and_kill(root, out, seconds):
+    """Run the stage in a process, kill it so long after its first unit; how many units it left."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_ALONE, str(root), str(out)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list(out.glob("units/*/*.json")):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return len(list(out.glob("units/*/*.json")))
+
+
+def kill_and_repeat(fetched, out, seconds, whole):
+    """What a kill left, once another run has ended in the same bytes."""
+    left = run_and_kill(fetched, out, seconds)
+    if not (out / "audit.json").exists():
+        run(fetched, out, workers=2, packing="best_fit")
+    assert digest_of(out) == whole
+    return left
+
+
+def test_a_killed_run_ends_in_the_same_bytes(fetched, tmp_path, monkeypatch):
+    small_units(monkeypatch)
+    run(fetched, tmp_path / "whole", packing="best_fit")
+    assert kill_and_repeat(fetched, tmp_path / "out", 0.02, digest_of(tmp_path / "whole")) > 0
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_moments_ends_in_the_same_bytes(fetched, tmp_path, monkeypatch):
+    small_units(monkeypatch)
+    run(fetched, tmp_path / "whole", packing="best_fit")
+    whole = digest_of(tmp_path / "whole")
+    moments = np.random.default_rng(1).uniform(0, 0.6, 20)
+    left = [
+        kill_and_repeat(fetched, tmp_path / str(number), seconds, whole)
+        for number, seconds in enumerate(moments)
+    ]
+    assert len(set(left)) > 3

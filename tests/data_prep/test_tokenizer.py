@@ -1,6 +1,6 @@
-"""The same ids in pieces as whole, in two processes as in one; <bos> first, nothing else added."""
+"""The same ids in pieces as whole, by tiktoken's engine as by tokenizers; nothing else added."""
 
-import os
+import json
 
 import numpy as np
 import pytest
@@ -8,21 +8,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from data_prep import tokenizer as module
-from data_prep.sources import DataError, Document
-from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer, tokenize_documents
-from tests.data_prep.helpers import TEXTS, byte_level, metaspace, model_tokenizer, save_model_folder
+from data_prep.merges import MergeEngine, Unsupported
+from data_prep.parity import parity_sample
+from data_prep.sources import DataError
+from data_prep.tokenizer import Encoder, choose_engine, load_tokenizer, pieces
+from tests.data_prep.helpers import TEXTS, byte_level, metaspace, prefixed, save_model_folder
 
+SERIALIZED = {
+    "byte_level": byte_level().to_str(),
+    "digits": byte_level(digits=True).to_str(),
+    "metaspace": metaspace().to_str(),
+    "prefixed": prefixed().to_str(),
+}
 ENCODERS = {
-    "byte_level": Encoder(byte_level().to_str()),
-    "digits": Encoder(byte_level(digits=True).to_str()),
-    "metaspace": Encoder(metaspace().to_str()),
+    (kind, engine): Encoder(serialized, engine)
+    for kind, serialized in SERIALIZED.items()
+    for engine in ("tokenizers", "tiktoken")
 }
 # what could go wrong at a cut: runs of spaces, digits, contractions, specials, odd space characters
 FRAGMENTS = st.sampled_from(
     ["The", " quick", " ", "  ", "\n", "\t", "12", "3", "'s", " theirs", "<s>", "\u00a0", "▁", "é"]
     + ["\x1c", "\u2028", "ü ", "中文", "\U0001f600", ",", " hay.", "   and"]
+    + ["\x00", "\n\n", "\u3000", "\x85 ", "½"]
 )
+
+
+def in_pieces(encoder, texts, size):
+    return np.concatenate([[], *encoder.encode_stream(texts, size)]).astype(int).tolist()
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -31,17 +43,99 @@ FRAGMENTS = st.sampled_from(
 def test_ids_in_pieces_equal_ids_of_the_whole(kind, parts, size):
     encoder = ENCODERS[kind]
     text = "".join(parts)
-    assert encoder.can_cut
+    assert encoder.cut or kind == ("prefixed", "tokenizers")
     whole = encoder.tokenizer.encode(text, add_special_tokens=False).ids
-    assert encoder.encode(text, piece_characters=size).tolist() == whole
+    assert in_pieces(encoder, [text], size) == whole
+    assert in_pieces(encoder, parts, size) == whole
+    assert encoder.encode(text).tolist() == whole
 
 
 def test_pieces_are_bounded_and_join_to_the_text():
     text = " ".join(TEXTS * 5)
-    pieces = list(Encoder.pieces(text, 50))
-    assert "".join(pieces) == text
-    assert len(pieces) > 20
-    assert max(map(len, pieces)) < 150
+    cut = ENCODERS["byte_level", "tokenizers"].cut
+    for texts in ([text], [text[i : i + 7] for i in range(0, len(text), 7)]):
+        found = list(pieces(iter(texts), cut, 50))
+        assert "".join(found) == text
+        assert len(found) > 20
+        assert max(map(len, found)) < 150
+    assert list(pieces(iter(["a b", " c"]), None, 1)) == ["a b c"]
+    assert list(pieces(iter(["", ""]), cut, 1)) == []
+
+
+@pytest.mark.parametrize("kind", SERIALIZED)
+def test_tiktokens_engine_is_chosen_where_its_ids_are_the_same(kind):
+    engine, why = choose_engine(SERIALIZED[kind])
+    assert (engine, "every text of the check" in why) == ("tiktoken", True)
+    assert choose_engine(SERIALIZED[kind], "tokenizers")[0] == "tokenizers"
+
+
+def with_model(kind, **changes):
+    described = json.loads(SERIALIZED[kind])
+    described["model"] |= changes
+    return json.dumps(described)
+
+
+def test_other_ids_are_found_and_the_engine_is_not_used(monkeypatch):
+    monkeypatch.setattr(MergeEngine, "_encode_whole", lambda *_: np.array([1]))
+    engine, why = choose_engine(SERIALIZED["metaspace"])
+    assert engine == "tokenizers" and "it gives other ids for" in why
+    with pytest.raises(DataError, match="data.engine=tiktoken: cannot be used .*data.engine=auto"):
+        choose_engine(SERIALIZED["metaspace"], "tiktoken")
+    with pytest.raises(DataError, match="data.engine='fast': must be one of auto, tiktoken"):
+        choose_engine(SERIALIZED["metaspace"], "fast")
+
+
+@pytest.mark.parametrize(
+    ("serialized", "reason"),
+    [
+        (with_model("metaspace", byte_fallback=False), "no byte_fallback"),
+        (with_model("metaspace", ignore_merges=True), "or ignore_merges"),
+        (with_model("digits", dropout=0.1), "no plain BPE"),
+        (byte_level(use_regex=False).to_str(), "neither byte-level nor BPE over the whole text"),
+    ],
+)
+def test_what_the_engine_does_not_do_goes_to_tokenizers(serialized, reason):
+    with pytest.raises(Unsupported, match=reason):
+        Encoder(serialized, "tiktoken")
+    engine, why = choose_engine(serialized)
+    assert engine == "tokenizers" and reason in why
+
+
+def test_a_merge_out_of_rank_is_not_taken_for_one():
+    described = json.loads(SERIALIZED["metaspace"])
+    merges = described["model"]["merges"]
+    # a token by two merges, with others between them
+    described["model"]["merges"] = [*merges, merges[0]]
+    with pytest.raises(Unsupported, match="have others between them"):
+        Encoder(json.dumps(described), "tiktoken")
+
+
+def test_bytes_outside_the_vocabulary_go_to_tokenizers():
+    described = json.loads(SERIALIZED["digits"])
+    vocab = described["model"]["vocab"]
+    for missing in ("\u0104", "\u0106"):
+        # the characters for the control bytes 4 and 6
+        vocab[f"<gone {missing}>"] = vocab.pop(missing)
+    serialized = json.dumps(described)
+    assert choose_engine(serialized)[0] == "tiktoken"
+    encoder = Encoder(serialized, "tiktoken")
+    assert encoder.merges.encode("plain") is not None
+    assert encoder.merges.encode("a\x04b") is None
+    assert encoder.encode("a\x04b").tolist() == encoder.reference("a\x04b").tolist()
+
+
+def test_a_check_on_the_way_refuses_other_ids(monkeypatch):
+    encoder = Encoder(SERIALIZED["digits"], "tiktoken")
+    encoder.check("some text")
+    monkeypatch.setattr(MergeEngine, "encode", lambda *_: np.array([1, 2], np.int32))
+    with pytest.raises(DataError, match="gives other ids than tokenizers; set data.engine="):
+        encoder.check("some text")
+
+
+def test_the_sample_holds_what_its_check_is_for():
+    sample = "".join(parity_sample(json.loads(SERIALIZED["digits"])))
+    for kind in ("12345", "\x00", "\x07", "😀", "中", " " * 100, "\u3000", "theirs"):
+        assert kind in sample
 
 
 def changed(**changes) -> Encoder:
@@ -52,13 +146,13 @@ def changed(**changes) -> Encoder:
 
 
 def test_no_cut_where_it_is_not_proven():
-    assert not Encoder(byte_level(add_prefix_space=True).to_str()).can_cut
-    assert not Encoder(byte_level(use_regex=False).to_str()).can_cut
-    assert not changed(normalizer=normalizers.NFC()).can_cut
-    assert not changed(pre_tokenizer=pre_tokenizers.Whitespace()).can_cut
+    assert not Encoder(byte_level(add_prefix_space=True).to_str()).cut
+    assert not Encoder(byte_level(use_regex=False).to_str()).cut
+    assert not changed(normalizer=normalizers.NFC()).cut
+    assert not changed(pre_tokenizer=pre_tokenizers.Whitespace()).cut
     with_plain_added = byte_level()
     with_plain_added.add_tokens(["a b"])
-    assert not Encoder(with_plain_added.to_str()).can_cut
+    assert not Encoder(with_plain_added.to_str()).cut
 
 
 def crossing_metaspace() -> Encoder:
@@ -73,55 +167,22 @@ def crossing_metaspace() -> Encoder:
 
 def test_no_cut_where_a_token_holds_a_space_after_a_letter():
     encoder = crossing_metaspace()
-    assert encoder.encode("a b", piece_characters=1).tolist() == [5]
-    assert not encoder.can_cut
-    encoder.can_cut = True
-    assert encoder.encode("a b", piece_characters=1).tolist() == [2, 4]
+    assert in_pieces(encoder, ["a b"], 1) == [5]
+    assert not encoder.cut
+    encoder.cut = ENCODERS["metaspace", "tokenizers"].cut
+    assert in_pieces(encoder, ["a b"], 1) == [2, 4]
 
 
-def documents(count=30):
-    for i in range(count):
-        yield Document(f"d{i}", "s", f"{TEXTS[i % 3]} number {i} " * (1 + 7 * i % 11))
-
-
-def test_one_and_two_workers_give_the_same(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1500)
-    one, two = (list(tokenize_documents(documents(), model_tokenizer(), n)) for n in (1, 2))
-    assert [d.id for d in one] == [f"d{i}" for i in range(30)]
-    for a, b in zip(one, two, strict=True):
-        assert (a.id, a.source, a.digest) == (b.id, b.source, b.digest)
-        assert a.tokens.dtype == b.tokens.dtype == np.int32
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-
-
-def test_documents_begin_with_bos_and_special_text_stays_text():
-    tokenizer = model_tokenizer()
-    text = "a<s>b</s>"
-    (document,) = tokenize_documents(iter([Document("d", "s", text)]), tokenizer)
-    assert document.tokens[0] == tokenizer.bos_id
-    assert tokenizer.bos_id not in document.tokens[1:]
-    assert byte_level().decode(document.tokens[1:].tolist()) == text
-
-
-def test_reads_a_bounded_number_of_documents_ahead(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1)
-    taken = []
-
-    def counted():
-        for document in documents():
-            taken.append(document.id)
-            yield document
-
-    stream = tokenize_documents(counted(), model_tokenizer(), workers=2)
-    assert [next(stream).id for _ in range(2)] == ["d0", "d1"]
-    assert 2 < len(taken) <= 7
-    stream.close()
+def test_text_of_special_tokens_stays_text():
+    for (kind, _), encoder in ENCODERS.items():
+        ids = encoder.encode("a<s>b</s>")
+        assert len(ids) >= 9 - 2 and encoder.tokenizer.token_to_id("<s>") not in ids
+        if kind == "byte_level":
+            assert encoder.tokenizer.decode(ids.tolist()) == "a<s>b</s>"
 
 
 def test_a_model_folder_gives_the_tokenizer_transformers_reads(tmp_path):
-    tokenizer = load_tokenizer(save_model_folder(tmp_path / "model"))
+    tokenizer, _ = load_tokenizer(save_model_folder(tmp_path / "model"))
     assert tokenizer.bos_id == byte_level().token_to_id("<s>")
     assert tokenizer.vocab_size == byte_level().get_vocab_size()
     whole = byte_level().encode(TEXTS[0]).ids
@@ -149,36 +210,42 @@ def test_a_tokenizer_without_fast_form_is_refused(tmp_path, monkeypatch):
         load_tokenizer(tmp_path)
 
 
-def test_little_text_starts_no_process(monkeypatch):
-    monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("started"))
-    assert len(list(tokenize_documents(documents(), model_tokenizer(), 2))) == 30
+def save_sentencepiece(folder, last: float):
+    """A SentencePiece BPE with "▁▁" of score `last`, and what LlamaTokenizer needs."""
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    model = pb.ModelProto()
+    model.trainer_spec.model_type = pb.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.bos_id, model.trainer_spec.eos_id = 1, 2
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.remove_extra_whitespaces = False
+    kinds = pb.ModelProto.SentencePiece
+    pieces = [("<unk>", 0, kinds.UNKNOWN), ("<s>", 0, kinds.CONTROL), ("</s>", 0, kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", 0, kinds.BYTE) for byte in range(256)]
+    pieces += [("▁▁", last, kinds.NORMAL), ("▁r", -1, kinds.NORMAL)]
+    letters = dict.fromkeys("▁defxrtun():")
+    pieces += [(letter, -2 - i, kinds.NORMAL) for i, letter in enumerate(letters)]
+    for piece, score, kind in pieces:
+        model.pieces.add(piece=piece, score=score, type=kind)
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
-def test_workers_below_one_are_refused():
-    with pytest.raises(DataError, match=r"data\.workers=0: must be 1 or more"):
-        next(tokenize_documents(documents(), model_tokenizer(), 0))
-
-
-class Deadly(str):
-    """Text that kills the process that unpickles it."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
-def test_a_dead_worker_is_an_error_not_a_hang(monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(module, "ALONE_CHARACTERS", 1)
-    deadly = iter([Document("a", "s", "alone"), Document("d", "s", Deadly("x"))])
-    with pytest.raises(DataError, match=r"a tokenizer process of 2 died.*data\.workers"):
-        list(tokenize_documents(deadly, model_tokenizer(), 2))
+def test_a_tokenizer_model_that_transformers_misreads_is_refused(tmp_path):
+    tokenizer, why = load_tokenizer(save_sentencepiece(tmp_path / "good", last=-0.5))
+    assert tokenizer.engine == "tiktoken", why
+    with pytest.raises(DataError, match=r"other ids than SentencePiece.*tokenizer\.json beside"):
+        load_tokenizer(save_sentencepiece(tmp_path / "bad", last=-1e9))
 
 
 def test_vocabulary_size_covers_ids_of_added_tokens(tmp_path):
-    assert isinstance(model_tokenizer(), ModelTokenizer)
     folder = save_model_folder(tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<extra>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    size = load_tokenizer(folder).vocab_size
+    size = load_tokenizer(folder)[0].vocab_size
     assert size == tokenizer.token_to_id("<extra>") + 1

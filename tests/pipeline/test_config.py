@@ -69,6 +69,18 @@ def test_every_key_can_be_overridden_whatever_the_recipe_sets():
     assert config("data.workers=3", "train.deterministic=true").data.workers == 3
 
 
+def test_both_published_mixtures_of_slimpajama_are_one_override_each():
+    shares = {}
+    for mixture in ("code", "text"):
+        sources = config("data=slimpajama", f"data.mixture={mixture}").data.sources
+        shares[mixture] = {source.name: source.weight for source in sources}
+        assert sum(shares[mixture].values()) == pytest.approx(1)
+        assert len({source.where["meta.redpajama_set_name"] for source in sources}) == 7
+    assert (shares["code"]["commoncrawl"], shares["text"]["commoncrawl"]) == (0.534, 0.67)
+    long = [s.weight for s in config("data=slimpajama_long_short").data.sources if s.min_tokens > 1]
+    assert sum(long) == pytest.approx(0.6)
+
+
 def test_patterns_are_one_override_each():
     assert config("experiment=smollm2_32k", "pattern=strided").pattern.stride == 64
     assert config("pattern=strided_per_head").pattern.phase == "per_head"
@@ -114,6 +126,14 @@ REFUSALS = {
     "data.held_out=0": r"data.held_out=0.0: must be between 0 and 1",
     "data.sources=[{name:a,path:x,format:csv}]": r"sources\[0\].format='csv': must be one of text",
     "data.sources=[{name:a,path:x,weight:0}]": r"sources\[0\].weight=0.0: must be above 0",
+    "data.sources=[{name:a,path:x,min_tokens:0}]": r"sources\[0\].min_tokens=0: must be 1 or more",
+    "data.sources=[{name:a,path:x,min_tokens:9,max_tokens:5}]": r"at most max_tokens=5; set both",
+    "data.engine=fast": r"data.engine='fast': must be one of auto, tiktoken, tokenizers",
+    "data.shard=1/2": r"data.shard='1/2': goes with stage=data_prep, and stage is chain",
+    "data.workers=0": r"data.workers=0: must be at least 1",
+    "data.decontaminate={sources:[],tokens:20}": r"decontaminate.sources=\[\]: must name the texts",
+    "data.decontaminate={sources:[{name:a,path:x}],tokens:1}": r"decontaminate.tokens=1: must be",
+    "inspect.rows=-1": r"inspect.rows=-1: must be at least 0",
     "data.sources=[{name:a}]": r"path.* has no value; set it",
     "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
     "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",

@@ -77,10 +77,21 @@ import sys
 for name in ("pipeline", "model", "kernels"):
     sys.modules[name] = None
 import data_prep.audit, data_prep.mix, data_prep.pack, data_prep.shards, data_prep.sources
-import data_prep.tokenizer
+import data_prep.mixture, data_prep.pool, data_prep.tokenizer, data_prep.worker
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_of_data_prep_imports_little():
+    """Many start at once: each would spend seconds on what it does not use."""
+    code = """
+import sys
+import data_prep.worker
+print({"torch", "transformers", "hydra", "pyarrow", "pipeline"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_modules_of_the_pipeline_hide_no_others(tmp_path):

@@ -192,6 +192,28 @@ def test_one_process_at_a_time_in_a_folder(stages, at, capsys):
     assert stages.calls == ["fetch"]
 
 
+def test_a_second_process_is_refused_where_a_stage_is_exclusive(stages, at, capsys):
+    inside, over = threading.Event(), threading.Event()
+    first = runner.Runner(parse(composed(at.outputs)))
+
+    def act(context):
+        inside.set()
+        over.wait(30)
+        return {}
+
+    stages.modules["fetch"].EXCLUSIVE = True
+    stages.acts["fetch"] = act
+    worker = threading.Thread(target=first.run, args=("fetch",))
+    worker.start()
+    inside.wait()
+    message = refused(capsys, at.outputs, "stage=fetch")
+    over.set()
+    worker.join()
+    assert "another process is at work there; wait until stage=fetch is done" in message
+    assert run(capsys, at.outputs, "stage=fetch")[0] == 0
+    assert stages.calls == ["fetch"]
+
+
 def test_an_untrained_control_pays_for_no_training(stages, at, capsys):
     stages.modules["export"].INPUTS = ("convert",)
     assert run(capsys, at.outputs, "export.source=convert")[0] == 0

@@ -5,28 +5,34 @@ import json
 import os
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_prep import sources
+from data_prep import readers, sources
+from data_prep.readers import read_part, read_whole
 from data_prep.sources import (
     DataError,
-    Document,
     Skips,
     Source,
     fingerprint,
     list_files,
-    read_documents,
+    plan_units,
 )
 
 RECORDS = [{"text": "first", "n": 1}, {"text": "zweite Zeile ü"}, {"text": "third\nline"}]
 
 
-def read(source, **options):
-    return list(read_documents(source, **options))
+class Whole(NamedTuple):
+    id: str
+    text: str
+
+
+def read(source, skips=None, seed=None):
+    return [Whole(*found) for found in read_whole(source, skips or Skips(), seed)]
 
 
 def write_lines(path, records):
@@ -49,8 +55,8 @@ def test_text_files_are_documents_with_relative_ids(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git/hidden.txt").write_text("hidden")
     source = Source("s", tmp_path, glob="**/*.txt")
-    assert read(source) == [Document("b/two.txt", "s", "two"), Document("one.txt", "s", "one")]
-    assert read(Source("s", tmp_path / "one.txt")) == [Document("one.txt", "s", "one")]
+    assert read(source) == [("b/two.txt", "two"), ("one.txt", "one")]
+    assert read(Source("s", tmp_path / "one.txt")) == [("one.txt", "one")]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -63,7 +69,7 @@ def test_compressed_text(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_json_lines(tmp_path, name, monkeypatch):
     # chunks smaller than a line: lines must be put together again
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 7)
     write_lines(tmp_path / name, RECORDS)
     documents = read(Source("s", tmp_path, "jsonl"))
     assert [d.text for d in documents] == [r["text"] for r in RECORDS]
@@ -72,8 +78,8 @@ def test_json_lines(tmp_path, name, monkeypatch):
 
 def test_json_lines_is_lazy(tmp_path):
     write_lines(tmp_path / "a.jsonl", RECORDS * 100_000)
-    first = list(islice(read_documents(Source("s", tmp_path, "jsonl")), 2))
-    assert [d.text for d in first] == [r["text"] for r in RECORDS[:2]]
+    first = list(islice(read_whole(Source("s", tmp_path, "jsonl"), Skips()), 2))
+    assert [text for _, text in first] == [r["text"] for r in RECORDS[:2]]
 
 
 def test_parquet(tmp_path):
@@ -252,7 +258,7 @@ def test_unreadable_file_is_refused(tmp_path, monkeypatch):
 
 def test_broken_parquet_and_wrong_column_are_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match=r"cannot read .*a\.parquet.*whole parquet file"):
+    with pytest.raises(DataError, match=r"cannot read .*a\.parquet.*whole parquet or arrow file"):
         read(Source("s", tmp_path, "parquet"))
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no text column 'text'; it has \{'text': 'int64'\}"):
@@ -266,3 +272,103 @@ def test_unknown_format_and_weight_are_refused(tmp_path):
         Source("s", tmp_path, "csv")
     with pytest.raises(DataError, match="weight=0.*above 0"):
         Source("s", tmp_path, weight=0.0)
+    with pytest.raises(DataError, match="a text source has no fields; take `where` out"):
+        Source("s", tmp_path, where={"a": "b"})
+
+
+def in_units(source, **options):
+    """Documents as workers read them, unit by unit."""
+    skips = Skips()
+    return [
+        (document.id, "".join(document.texts))
+        for unit in plan_units(source, None, **options)
+        for part in unit.parts
+        for document in read_part(source, part, skips)
+    ]
+
+
+def test_a_large_file_of_lines_is_read_in_ranges_and_each_line_once(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"{i} " * (i % 40)} for i in range(300)])
+    source = Source("s", tmp_path, "jsonl")
+    whole = in_units(source)
+    monkeypatch.setattr(sources, "SPLIT_BYTES", 1000)
+    for unit_bytes in (97, 1000, 10**6):
+        assert len(plan_units(source, None, unit_bytes)) == -(-path.stat().st_size // unit_bytes)
+        parts = in_units(source, unit_bytes=unit_bytes)
+        assert [text for _, text in parts] == [text for _, text in whole]
+    raw = path.read_bytes()
+    for name, text in parts:
+        offset = int(name.removeprefix("a.jsonl@"))
+        assert json.loads(raw[offset:].split(b"\n")[0])["text"] == text
+
+
+def test_a_large_parquet_file_is_read_by_row_groups(tmp_path, monkeypatch):
+    table = pyarrow.table({"text": [f"row {i}" for i in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=30)
+    source = Source("s", tmp_path, "parquet")
+    whole = in_units(source)
+    monkeypatch.setattr(sources, "SPLIT_BYTES", 1)
+    assert len(plan_units(source, None)) == 4
+    assert in_units(source) == whole
+    assert whole[99] == ("a.parquet:100", "row 99")
+
+
+def test_small_files_share_a_unit(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text("x" * 100)
+    units = plan_units(Source("s", tmp_path), None, unit_bytes=1000)
+    assert [len(unit.parts) for unit in units] == [10, 10]
+    assert [unit.size for unit in units] == [1000, 1000]
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """What save_to_disk and the hub leave: rows in three formats, and notes beside them."""
+    table = pyarrow.table({"text": ["one", "two"], "meta": [{"set": "books"}, {"set": "web"}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table)
+    write_lines(tmp_path / "c.jsonl.zst", table.to_pylist())
+    for name in ("dataset_info.json", "state.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def test_a_data_sets_folder_gives_the_rows_of_its_files(data_set):
+    found = read(Source("s", data_set, "dataset"))
+    assert [document.text for document in found] == ["one", "two"] * 3
+    assert [document.id for document in found][2:5] == ["b.arrow:1", "b.arrow:2", "c.jsonl.zst:1"]
+
+
+def test_where_takes_rows_by_a_field(data_set):
+    found = read(Source("s", data_set, "dataset", where={"meta.set": "books"}))
+    assert [document.text for document in found] == ["one"] * 3
+    skips = Skips()
+    with pytest.raises(DataError, match="no document in .*left out: nothing.*where"):
+        read(Source("s", data_set, "dataset", where={"meta.set": "none"}), skips=skips)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 100)
+    path = write_lines(tmp_path / "a.jsonl", RECORDS * 100)
+    found = read_whole(Source("s", tmp_path, "jsonl"), Skips())
+    next(found)
+    size = path.stat().st_size
+    os.truncate(path, 1000)
+    with pytest.raises(DataError, match=rf"changed while it was read, from {size} to 1000 bytes"):
+        list(found)
+
+
+def test_text_in_pieces_keeps_characters_and_finds_broken_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 5)
+    (tmp_path / "a.txt").write_bytes("\ufeffé中😀 abc ü".encode())
+    (document,) = read(Source("s", tmp_path))
+    assert document.text == "é中😀 abc ü"
+    raw = "é中😀".encode()
+    for broken, at in ((raw + b"\xff abcdefg", 9), (raw[:-1], 5)):
+        (tmp_path / "a.txt").write_bytes(broken)
+        with pytest.raises(DataError, match=rf"byte 0x.. at offset {at} is not UTF-8"):
+            read(Source("s", tmp_path), skips=Skips(strict=True))
+    (tmp_path / "a.txt").write_bytes("abc".encode("utf-16"))
+    with pytest.raises(DataError, match="at offset 0 is not UTF-8, but begins as UTF-16 does"):
+        read(Source("s", tmp_path), skips=Skips(strict=True))
