@@ -230,24 +230,30 @@ def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, byte
     # A line that begins at `start` is known by the line end before it.
     offset = max(start - 1, 0)
     pending = bytearray()
-    skipped = start == 0
+    in_line_before = start > 0
     for chunk in _chunks(path, offset):
+        if in_line_before:
+            end = chunk.find(b"\n") + 1
+            offset += end or len(chunk)
+            if stop is not None and offset >= stop:
+                return
+            if not end:
+                continue
+            chunk, in_line_before = chunk[end:], False
         *ends, rest = chunk.split(b"\n")
         for part in ends:
             line: bytes | bytearray = part
             if pending:
                 pending += part
                 line, pending = pending, bytearray()
-            if skipped:
-                yield offset, line
-            skipped = True
+            yield offset, line
             offset += len(line) + 1
             if stop is not None and offset >= stop:
                 return
             # let go of it before the next is read
             del line
         pending += rest
-    if pending and skipped:
+    if pending:
         yield offset, pending
 
 

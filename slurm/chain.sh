@@ -77,7 +77,10 @@ flags_of() {
       # Where the recipe is for the CPU the script's own GPUs must not be asked for.
       [[ ${recipe[device]} != cpu ]] || flags+=(--gpus-per-node=0)
       ;;
-    data_prep) flags+=(--cpus-per-task="${recipe[data_workers]}") ;;
+    data_prep)
+      # Without, it has as many processes as the job has cores.
+      [[ -z ${recipe[data_workers]} ]] || flags+=(--cpus-per-task="${recipe[data_workers]}")
+      ;;
     evaluate) gpus=${recipe[cluster.evaluate_gpus]} ;;
   esac
   [[ ${recipe[device]} = cpu || $gpus = 0 ]] || flags+=(--gpus-per-node="$gpus")

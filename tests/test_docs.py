@@ -91,6 +91,39 @@ def test_the_soaks_figures_are_as_measured():
     assert abs(shares[0] - shares[1]) < 0.03
 
 
+def test_data_preps_figures_are_as_measured():
+    text = " ".join((ROOT / "docs/data.md").read_text().split())
+    with (RESULTS / "data_prep.csv").open() as file:
+        rows = {(row["tokenizer"], row["engine"]): row for row in csv.DictReader(file)}
+    for kind, name in (("byte_level", "byte-level BPE"), ("sentencepiece", "SentencePiece")):
+        told = re.search(rf"\| {name} \([^)]*\) \| ([\d.]+) times \| ([\d.]+) times", text)
+        found = [rows[kind, peer]["ours_over_it"] for peer in ("datatrove", "datasets")]
+        assert [told[1], told[2]] == found
+        for peer in ("datatrove", "datasets"):
+            ratio = int(rows[kind, "data_prep"]["tokens_per_cpu_second"]) / int(
+                rows[kind, peer]["tokens_per_cpu_second"]
+            )
+            assert abs(ratio - float(rows[kind, peer]["ours_over_it"])) < 0.01
+            assert (
+                f"{peer} {re.search(rf'against {peer} ([0-9.]+)', text)[1]}"
+                in rows[kind, peer]["version"]
+            )
+    measured = json.loads((RESULTS / "data_prep.json").read_text())
+    real, memory = measured["real_corpus"], measured["peak_memory"]
+    for pattern, value in (
+        (r"([\d,]+) tokens into", f"{real['tokens_read']:,}"),
+        (r"into ([\d,]+) rows", f"{real['rows']:,}"),
+        (r"took ([\d.]+) CPU seconds", str(real["cpu_seconds"])),
+        (r"seconds: ([\d.]+)M tokens a CPU", f"{real['tokens_per_cpu_second'] / 1e6:.2f}"),
+        (r"([\d.]+)% full", str(real["fill_percent"])),
+        (r"([\d.]+)% of the tokens", str(real["all_sources"]["percent_in_documents_over_32k"])),
+        (r"over 32K, ([\d.]+)%", str(real["all_sources"]["percent_in_documents_over_128k"])),
+        (r"takes (\d+) MiB in one", str(memory["plain_text_of_1_gb"]["workers_1_mib"])),
+        (r"line of 1 GB (\d+) MiB", str(memory["json_line_of_1_gb"]["workers_1_mib"])),
+    ):
+        assert re.search(pattern, text)[1] == value
+
+
 def test_kv_bytes_are_the_patterns():
     """The measured cache is what the pattern's definition says, to the byte."""
     with (RESULTS / "smollm2_32k_kv_bytes.csv").open() as file:

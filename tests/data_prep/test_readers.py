@@ -302,6 +302,26 @@ def test_a_large_file_of_lines_is_read_in_ranges_and_each_line_once(tmp_path, mo
         assert json.loads(raw[offset:].split(b"\n")[0])["text"] == text
 
 
+def test_a_range_inside_one_line_is_read_no_further(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 5000}, {"text": "y"}])
+    monkeypatch.setattr(sources, "SPLIT_BYTES", 1000)
+    monkeypatch.setattr(readers, "_CHUNK_BYTES", 100)
+    read_bytes = []
+    chunks = readers._chunks
+
+    def counted(*arguments):
+        for chunk in chunks(*arguments):
+            read_bytes.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(readers, "_chunks", counted)
+    assert [text for _, text in in_units(Source("s", tmp_path, "jsonl"), unit_bytes=500)] == [
+        "x" * 5000,
+        "y",
+    ]
+    assert sum(read_bytes) < 2.5 * path.stat().st_size
+
+
 def test_a_large_parquet_file_is_read_by_row_groups(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [f"row {i}" for i in range(100)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=30)
