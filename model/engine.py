@@ -231,6 +231,7 @@ class Engine:
             return
         self._tune()
         before = self.cache.lengths.clone(), self.tokens_B.clone()
+        drawn = torch.cuda.get_rng_state(self.device)
         # Once beforehand, which compiles. The slot that it writes is the next step's own.
         self._step()
         torch.cuda.synchronize(self.device)
@@ -240,6 +241,8 @@ class Engine:
         with torch.cuda.graph(self._captured, capture_error_mode="thread_local"):
             self._step()
         self._restore(*before)
+        # What is drawn does not depend on whether the graph was there.
+        torch.cuda.set_rng_state(drawn, self.device)
 
     def _restore(self, lengths: torch.Tensor, tokens: torch.Tensor) -> None:
         self.cache.lengths.copy_(lengths)
