@@ -46,7 +46,8 @@ def test_a_checkpoints_cost_is_as_measured():
 
 def test_training_speed_is_as_measured():
     with (RESULTS / "train_step_h200.csv").open() as file:
-        rows = {(row["arm"], row["length"]): row for row in csv.DictReader(file)}
+        found = list(csv.DictReader(file))
+    rows = {(row["arm"], row["length"]): row for row in found if row["documents"] == "one"}
     page = (ROOT / "docs/memory.md").read_text()
     table = re.findall(r"^\| ([\d,]+) \| ([\d,]+) \| ([\d,]*) ?\| ([\d.]*) ?\|", page, re.M)
     assert len(table) == len([key for key in rows if key[0] == "hybrid"])
@@ -63,6 +64,14 @@ def test_training_speed_is_as_measured():
         row = rows[arm, "131072"]
         assert seconds == f"{float(row['step_seconds']):.1f}"
         assert share == f"{100 * float(row['mfu']):.1f}"
+    packed = {(row["arm"], row["document_mask"]): row for row in found if row["documents"] != "one"}
+    for mask, words in (("True", "among themselves"), ("False", "the whole row")):
+        told = re.search(
+            rf"{words}: ([\d,]+) and ([\d,]+) tokens/s, ([\d.]+) times", " ".join(page.split())
+        )
+        rows = [packed[arm, mask] for arm in ("hybrid", "full")]
+        speeds = [f"{float(row['tokens_per_second_per_gpu']):,.0f}" for row in rows]
+        assert [*speeds, f"{float(rows[0]['hybrid_over_full']):.2f}"] == list(told.groups())
 
 
 def test_the_plans_errors_are_as_measured():
@@ -143,3 +152,49 @@ def test_files_the_readme_names_exist():
         folder = line.split("/")[0] if re.match(r"\w+/", line) else None
         if folder:
             assert (ROOT / folder).is_dir(), folder
+
+
+def test_servings_figures_are_as_measured():
+    with (RESULTS / "serving_h200.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["decode_ms"]]
+    page = " ".join((ROOT / "docs/serving.md").read_text().split())
+    single = {
+        (row["arm"], f"{int(row['length']):,}"): row
+        for row in rows
+        if row["batch"] == "1" and row["group"] in ("prompt_128k", "lengths", "longer")
+    }
+
+    def told(row, key, unit=1):
+        return f"{float(row[key]) / unit:.2f}"
+
+    for length in {length for _, length in single}:
+        measured = [single.get((arm, length)) for arm in ("hybrid", "full", "stock")]
+        present = [row for row in measured if row]
+        over = [
+            f" {float(measured[0][key]):.2f} " if measured[1] else " "
+            for key in ("prefill_over", "decode_over")
+        ]
+        cells = [
+            ", ".join(told(row, "prefill_seconds") for row in present),
+            over[0].strip(),
+            ", ".join(told(row, "decode_ms") for row in present),
+            over[1].strip(),
+            ", ".join(told(row, "cache_live_bytes", 1e9) for row in present[:2]),
+        ]
+        assert " ".join(f"| {length} | {' | '.join(cells)} |".split()) in page
+    for row in rows:
+        if row["arm"] != "stock":
+            assert row["cache_live_bytes"] == row["cache_live_bytes_by_pattern"]
+    full = single["full", "131,072"]
+    strided = next(row for row in rows if row["group"] == "strided")
+    for pattern, row in (("cache is", single["hybrid", "131,072"]), ("=strided`\\)", strided)):
+        saved = 100 * (1 - int(row["cache_live_bytes"]) / int(full["cache_live_bytes"]))
+        assert re.search(rf"{pattern} ([\d.]+)%", page)[1] == f"{saved:.1f}"
+    four = next(row for row in rows if (row["batch"], row["length"]) == ("4", "131072"))
+    speeds = [float(row["decode_tokens_per_second"]) for row in (four, full)]
+    claim = re.search(r"row does: ([\d.]+) tokens/s beside ([\d.]+), ([\d.]+) times", page)
+    assert list(claim.groups()) == [
+        f"{speeds[0]:.1f}",
+        f"{speeds[1]:.1f}",
+        f"{speeds[0] / speeds[1]:.2f}",
+    ]
