@@ -235,7 +235,7 @@ def states(config: Config, shape: ModelConfig) -> States:
         if stage == 3:
             host["reduced gradients"] = wide * mine
         else:
-            host["weights to copy back"] = width * mine
+            host["weights to copy back"] = width * most
             if steps > 1 and not separate:
                 host["accumulated gradients"] = width * mine
     checkpoint = sum(3 * rounded_pinned(FP32 * part) for part in parts)

@@ -148,6 +148,8 @@ def build_engine(
             model=model, optimizer=optimizer, config=config, mpu=layout
         )
     _allocate_moments(engine)
+    if parallel.optimizer_offload and parallel.zero_stage < 3:
+        _share_copies_of_weights(engine)
     return engine
 
 
@@ -219,6 +221,17 @@ def _allocate_moments(engine) -> None:
         }
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _share_copies_of_weights(engine) -> None:
+    """One buffer of host memory for the updated weights of all groups, on their way to the GPU.
+
+    DeepSpeed has one a group, though it fills and copies them one after another; a copy from
+    memory that is not pinned has left it when the call returns.
+    """
+    buffers = engine.optimizer.param_buffer_of_bit16_for_cpu_offload_groups
+    largest = max(buffers, key=torch.Tensor.numel)
+    buffers[:] = [largest[: buffer.numel()] for buffer in buffers]
 
 
 def adam_step(engine) -> float:

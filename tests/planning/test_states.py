@@ -88,6 +88,8 @@ def held_bytes(config):
     else:
         found["weights"] = storages(p.data for p in engine.module.parameters())
         found["before"] = storages(getattr(optimizer, "fp32_groups_gradients_flat", []))
+    if config.parallel.optimizer_offload:
+        found["copied back"] = storages(optimizer.param_buffer_of_bit16_for_cpu_offload_groups)
     steps = engine.gradient_accumulation_steps()
     for index in range(steps):
         backward(engine, batch_of(config, layout))
@@ -124,6 +126,8 @@ def test_states_are_what_deepspeed_holds(measured, monkeypatch, name):
     masters = plan.host["masters"] if offload else plan.masters
     moments = plan.host["moments"] if offload else plan.moments
     assert (masters, moments) == (found["masters"], found["moments"])
+    if offload:
+        assert plan.host["weights to copy back"] == found["copied back"]
     assert plan.weights + plan.embeddings == found["weights"]
     if name in ("bf16 optimizer", "stage 3", "stage 3, accumulating"):
         assert plan.accumulators == found["before"] > 0
