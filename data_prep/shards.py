@@ -122,15 +122,18 @@ def write_index(prefix: Path, dtype: str, lengths: np.ndarray) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it.
+    """Write a file under another name and rename it: a file that is there is whole.
 
     Raises:
         DataError: on a full disk.
     """
-    with disk_errors(path), path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    partial = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
 
 
 class IndexedReader(Sequence):

@@ -120,10 +120,7 @@ def write_unit(task: UnitTask, making: Making) -> Summary:
         "sha256": {suffix: _sha256(_path(task.prefix, suffix)) for suffix in (".bin", ".npy")},
         "names": names,
     }
-    # under another name first: a record that is there is whole
-    partial = _path(task.prefix, ".json.partial")
-    write_whole(partial, json.dumps(record).encode())
-    partial.rename(_path(task.prefix, ".json"))
+    write_whole(_path(task.prefix, ".json"), json.dumps(record).encode())
     return summary
 
 

@@ -40,6 +40,7 @@ INPUTS = ("fetch",)
 RESUMABLE = True
 # A second run on one output does not wait: hours later it would only find that nothing is left.
 EXCLUSIVE = True
+AUDIT = "audit.json"
 
 
 def depends_on(config: Config) -> dict[str, Any]:
@@ -94,6 +95,9 @@ def run(context: StageContext) -> dict[str, Any]:
         DataError: see data_prep.
     """
     data, out, log = context.config.data, context.out, context.log
+    if (out / AUDIT).exists():
+        # written last: the run before was killed while it tidied up
+        return _tidied(out)
     shard = None if data.shard is None else Shard.parse(data.shard)
     # refuses a wrong packing before the hours of tokenising
     pack(np.empty(0, np.int64), data.seq_length, data.packing)
@@ -148,8 +152,6 @@ def run(context: StageContext) -> dict[str, Any]:
         files = sorted(path for path in out.iterdir() if path.suffix in (".bin", ".idx"))
         files += [out / "held_out_documents.json"]
         hashes = dict(_perform(pool, [HashTask(path) for path in files]))
-    shutil.rmtree(scratch)
-    shutil.rmtree(out / "units")
     counts = {
         "seq_length": data.seq_length,
         "packing": data.packing,
@@ -164,8 +166,16 @@ def run(context: StageContext) -> dict[str, Any]:
             for path in files
         },
     }
-    write_whole(out / "audit.json", (json.dumps(counts, indent=2) + "\n").encode())
-    return counts
+    write_whole(out / AUDIT, (json.dumps(counts, indent=2) + "\n").encode())
+    return _tidied(out)
+
+
+def _tidied(out: Path) -> dict[str, Any]:
+    """The counts of a run whose files are all there, without what only making them needed."""
+    for name in ("scratch", "units"):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    return json.loads((out / AUDIT).read_text())
 
 
 def finished_shards(context: StageContext) -> list[Path]:
