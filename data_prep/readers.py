@@ -263,8 +263,7 @@ def _chunks(path: Path, start: int = 0) -> Iterator[bytes]:
     Raises:
         DataError: when the file changes while it is read.
     """
-    with path.open("rb") as stream:
-        before = os.fstat(stream.fileno())
+    with path.open("rb") as stream, _steady(path, stream.fileno()):
         stream.seek(start)
         if path.suffix == ".gz":
             with gzip.open(stream, "rb") as unpacked:
@@ -272,7 +271,14 @@ def _chunks(path: Path, start: int = 0) -> Iterator[bytes]:
         else:
             raw = iter(partial(stream.read, _CHUNK_BYTES), b"")
             yield from _unzstd(raw) if path.suffix == ".zst" else raw
-        after = os.fstat(stream.fileno())
+
+
+@contextmanager
+def _steady(path: Path, file: int | Path) -> Iterator[None]:
+    """Refuse a file that changes meanwhile; `file`: its descriptor, or its path."""
+    before = os.stat(file)
+    yield
+    after = os.stat(file)
     if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise DataError(
             f"{path}: changed while it was read, from {before.st_size} to {after.st_size} bytes; "
@@ -315,7 +321,7 @@ def _read_table(source: Source, part: Part, skips: Skips, kind: str) -> Iterator
     path = source.folder / part.key
     wanted = [source.field, *{name.partition(".")[0] for name in source.where}]
     number = part.first_row
-    with _table_errors(source, path):
+    with _table_errors(source, path), _steady(path, path):
         for batch in _batches(path, kind, part, wanted):
             # binary, because one undecodable row would make the whole batch fail
             texts = batch.column(source.field).cast(pyarrow.large_binary()).to_pylist()
@@ -352,7 +358,8 @@ def _batches(path: Path, kind: str, part: Part, wanted: list[str]) -> Iterator[A
                 batch_size=_TABLE_ROWS, columns=present, row_groups=groups, use_threads=False
             )
         return
-    with pyarrow.memory_map(str(path)) as stream, pyarrow.ipc.open_stream(stream) as table:
+    # not mapped: a mapped file that shrinks would kill the process
+    with pyarrow.OSFile(str(path)) as stream, pyarrow.ipc.open_stream(stream) as table:
         _check_column(path, table.schema, wanted[0])
         for batch in table:
             for start in range(0, batch.num_rows, _TABLE_ROWS):

@@ -51,11 +51,15 @@ def depends_on(config: Config) -> dict[str, Any]:
         del data[key]
     if config.data.shard is None:
         del data["shard"]
-    sections = [*config.data.sources]
-    if config.data.decontaminate is not None:
-        sections += config.data.decontaminate.sources
-    sources = resolve_sources(sections, None)
-    return {**data, "local_files": {source.name: fingerprint(source) for source in sources}}
+    return {**data, "local_files": _local_files(config.data)}
+
+
+def _local_files(data: DataSection) -> dict[str, str]:
+    """The state of each source's files that no package holds."""
+    sections = [*data.sources]
+    if data.decontaminate is not None:
+        sections += data.decontaminate.sources
+    return {source.name: fingerprint(source) for source in resolve_sources(sections, None)}
 
 
 def resolve_sources(sections: list[SourceSection], packages: Path | None) -> list[Source]:
@@ -119,6 +123,7 @@ def run(context: StageContext) -> dict[str, Any]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     scratch = out / "scratch"
     scratch.mkdir()
+    files_before = _local_files(data)
     setup = _setup(data, packages, tokenizer, scratch)
     shards = [] if shard else finished_shards(context)
     folders = [out / "units", *(folder / "units" for folder in shards)]
@@ -131,6 +136,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
         _take_in_what_is_there(corpus, pool, log)
         _tokenize(corpus, pool, log)
+        _refuse_changed_files(files_before, data, out)
         if shard:
             shutil.rmtree(scratch)
             return _shard_counts(shard, corpus, log)
@@ -147,6 +153,7 @@ def run(context: StageContext) -> dict[str, Any]:
             if not mixture.ask_for_more():
                 break
             _tokenize(corpus, pool, log)
+            _refuse_changed_files(files_before, data, out)
         counts = mixture.choose(log)
         packed = _write(context, mixture, tokenizer, setup.dtype, pool)
         files = sorted(path for path in out.iterdir() if path.suffix in (".bin", ".idx"))
@@ -279,6 +286,22 @@ def _tokenize(corpus: Corpus, pool: Pool, log: logging.Logger) -> None:
             done = corpus.tokens()
             parts = done / total if total else corpus.bytes_done() / (corpus.bytes_all() or 1)
             told(done, min(1.0, parts))
+
+
+def _refuse_changed_files(before: dict[str, str], data: DataSection, out: Path) -> None:
+    """Drop the units of files that were changed between one unit of them and another.
+
+    Raises:
+        DataError: where one was.
+    """
+    after = _local_files(data)
+    changed = [name for name in before if after[name] != before[name]]
+    if changed:
+        shutil.rmtree(out / "units")
+        raise DataError(
+            f"sources {', '.join(changed)}: their files changed while they were read; wait until "
+            "nothing writes there, and run again"
+        )
 
 
 def _shard_counts(shard: Shard, corpus: Corpus, log: logging.Logger) -> dict[str, Any]:

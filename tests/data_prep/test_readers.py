@@ -379,6 +379,23 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch):
         list(found)
 
 
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_table_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(readers, "_TABLE_ROWS", 10)
+    path = tmp_path / f"a.{kind}"
+    table = pyarrow.table({"text": [str(n) * 1000 for n in range(3000)]})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=10)
+    else:
+        with pyarrow.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=10)
+    found = read_whole(Source("s", tmp_path, "dataset"), Skips())
+    next(found)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match=rf"a\.{kind}: (changed while|.*; check )"):
+        list(found)
+
+
 def test_text_in_pieces_keeps_characters_and_finds_broken_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "_CHUNK_BYTES", 5)
     (tmp_path / "a.txt").write_bytes("\ufeffé中😀 abc ü".encode())

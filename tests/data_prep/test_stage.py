@@ -7,11 +7,12 @@ import os
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import shards
+from data_prep import shards, worker
 from data_prep.audit import length_histogram
 from data_prep.mix import draw
 from data_prep.shards import HeldOutDocuments, PackedRows
@@ -277,6 +278,26 @@ def test_every_token_stands_where_its_source_has_it(fetched, tmp_path):
             else:
                 found[any(text.removeprefix("<s>") in whole for whole in texts)] += 1
     assert found[True] > 200 and not found[False]
+
+
+def test_a_file_that_shrinks_between_two_of_its_units_is_refused(fetched, tmp_path, monkeypatch):
+    small_units(monkeypatch)
+    path = Path(shutil.copytree(fetched / "lines", tmp_path / "lines")) / "a.jsonl"
+    write_unit = worker.write_unit
+
+    def shrinking(task, making):
+        os.truncate(path, 9000)
+        return write_unit(task, making)
+
+    options = {"sources": [SourceSection("lines", str(path), format="jsonl")], "held_out": 0.1}
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "write_unit", shrinking)
+        with pytest.raises(DataError, match="sources lines: their files changed while they were"):
+            run(fetched, tmp_path / "out", **options)
+    # nothing is kept that was read of the file as it was
+    (row,) = run(fetched, tmp_path / "out", **options)["sources"]
+    assert row["read"]["documents"] == path.read_text().count("\n")
+    assert row["skipped"] == {"broken lines": 1}
 
 
 @pytest.mark.parametrize("tokens", [None, 9000])
