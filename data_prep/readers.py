@@ -47,25 +47,26 @@ def read_part(source: Source, part: Part, skips: Skips) -> Iterator[Document]:
 
     Args:
         skips: takes the counts of what is left out: broken lines, undecodable bytes, missing
-            fields.
+            fields, empty files.
 
     Raises:
         DataError: on a file that cannot be read or that changes meanwhile, and, when `skips` is
             strict, on everything that it would count.
     """
     kind = kind_of(source, part.key)
+    path = source.folder / part.key
     if kind in ("directory", "text"):
-        joined = kind == "directory"
-        texts = (
-            _join_folder(source, part.files, skips)
-            if joined
-            else _text_of(source.folder / part.key)
-        )
+        folder = kind == "directory"
+        texts = _join_folder(source, part.files, skips) if folder else _text_of(path)
         yield Document(part.key, _reading(source, part.key, texts))
-    elif kind == "jsonl":
-        yield from _reading(source, part.key, _read_jsonl(source, part, skips))
-    else:
-        yield from _reading(source, part.key, _read_table(source, part, skips, kind))
+        return
+    with _read_errors(source, part.key):
+        if not path.stat().st_size:
+            skips.count("empty files", str(path))
+        elif kind == "jsonl":
+            yield from _read_jsonl(source, part, skips)
+        else:
+            yield from _read_table(source, part, skips, kind)
 
 
 def read_whole(source: Source, skips: Skips, seed: int | None = None) -> Iterator[tuple[str, str]]:
@@ -120,10 +121,10 @@ def row_groups(source: Source, name: str) -> list[tuple[int, int]]:
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def _reading(source: Source, key: str, items: Iterator[Any]) -> Iterator[Any]:
+def _reading(source: Source, key: str, texts: Iterator[str]) -> Iterator[str]:
     """Pass on what is read, when it is taken; DataError where that fails."""
     with _read_errors(source, key):
-        yield from items
+        yield from texts
 
 
 @contextmanager
@@ -181,6 +182,8 @@ def _join_folder(source: Source, names: Iterable[str], skips: Skips) -> Iterator
         if text.strip():
             yield f"{between}==> {name} <==\n{text.rstrip()}\n"
             between = "\n"
+        else:
+            skips.count("empty files", str(source.folder / name))
 
 
 def _read_jsonl(source: Source, part: Part, skips: Skips) -> Iterator[Document]:

@@ -212,12 +212,30 @@ def test_empty_documents_are_counted_even_when_strict(tmp_path):
     assert skips.counts == {"empty documents": 1}
 
 
+def test_files_of_no_bytes_are_counted_and_the_others_read(data_set):
+    for name in ("0.jsonl", "0.parquet", "0.arrow", "0.jsonl.gz", "0.jsonl.zst"):
+        (data_set / name).touch()
+    skips = Skips(strict=True)
+    assert len(read(Source("s", data_set, "dataset"), skips)) == 6
+    assert skips.counts == {"empty files": 5}
+    (data_set / "d").mkdir()
+    (data_set / "d/0.c").touch()
+    (data_set / "d/a.c").write_text("int a;")
+    for source, counted in (
+        (Source("s", data_set / "d"), {"empty documents": 1}),
+        (Source("s", data_set / "d", "directory"), {"empty files": 1}),
+    ):
+        skips = Skips(strict=True)
+        assert ["int a;" in text for _, text in read(source, skips)] == [True]
+        assert skips.counts == counted
+
+
 def test_a_source_without_documents_is_refused_and_says_why(tmp_path):
     (tmp_path / "a.jsonl").write_text("{broken\n")
     with pytest.raises(DataError, match="source wiki: no document in .*1 broken lines"):
         read(Source("wiki", tmp_path, "jsonl"))
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(DataError, match="source wiki: no document in .*left out: nothing"):
+    with pytest.raises(DataError, match="source wiki: no document in .*left out: 1 empty files"):
         read(Source("wiki", tmp_path, "jsonl"))
 
 
