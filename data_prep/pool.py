@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,13 @@ class Pool:
             while len(self._busy) < self.count and (task := next_task()) is not None:
                 connection = self._idle.pop() if self._idle else self._start()
                 self._busy[connection] = task
-                self._ask(connection, task)
+                with self._alive():
+                    connection.send(task)
             if not self._busy:
                 return
             for connection in wait(list(self._busy)):
-                kind, value = self._ask(connection)
+                with self._alive():
+                    kind, value = connection.recv()
                 task = self._busy.pop(connection)
                 self._idle.append(connection)
                 if kind == "refused":
@@ -87,13 +90,15 @@ class Pool:
                     env=environment,
                 )
             )
-        self._ask(ours, self._setup)
+        with self._alive():
+            ours.send(self._setup)
         return ours
 
-    def _ask(self, connection: Connection, *task: Any) -> Any:
-        """Send a task, or without one receive an answer."""
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Turn what a connection says of a process that died into a DataError."""
         try:
-            return connection.send(*task) if task else connection.recv()
+            yield
         except (EOFError, ConnectionError) as error:
             raise DataError(
                 f"a process of data_prep's {self.count} died, as when memory runs out; set "

@@ -69,14 +69,14 @@ def read_part(source: Source, part: Part, skips: Skips) -> Iterator[Document]:
             yield from _read_table(source, part, skips, kind)
 
 
-def read_whole(source: Source, skips: Skips, seed: int | None = None) -> Iterator[tuple[str, str]]:
+def read_whole(source: Source, skips: Skips) -> Iterator[tuple[str, str]]:
     """Yield (id, text) of every document of a source that is not blank.
 
     Raises:
         DataError: see read_part; and for a source without any document.
     """
     found = False
-    for unit in plan_units(source, seed):
+    for unit in plan_units(source, seed=None):
         for part in unit.parts:
             for document in read_part(source, part, skips):
                 try:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -349,10 +349,9 @@ def _write(
 def _write_rows(
     name: str, tasks: Iterator[Any], plan: Plan, pool: Pool, log: logging.Logger
 ) -> None:
-    next_task: Callable[[], Any] = lambda: next(tasks, None)  # noqa: E731
     rows = 0
     with track_parts(f"write {name}", "rows", log) as told:
-        for task, _ in pool.run(next_task):
+        for task, _ in pool.run(lambda: next(tasks, None)):
             rows += task.last - task.first
             told(rows, rows / plan.rows)
 

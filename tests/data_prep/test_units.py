@@ -153,6 +153,18 @@ def test_documents_with_a_run_of_an_evaluation_text_are_found(tmp_path, monkeypa
     assert summary.usable == clean["tokens"][clean["held_draw"] >= 0.3].sum()
 
 
+def test_a_run_is_found_wherever_the_document_is_divided():
+    runs = EvaluationRuns.of([np.arange(100, 120)], 20)
+    document = np.concatenate([np.arange(30), np.arange(100, 120), np.arange(30)]).astype(np.int32)
+    near = np.where(document == 110, 0, document)
+    for size in range(1, len(document) + 1):
+        for tokens in (document, near):
+            seeker = runs.seeker()
+            for start in range(0, len(tokens), size):
+                seeker.add(tokens[start : start + size])
+            assert seeker.found == (tokens is document)
+
+
 def test_evaluation_texts_without_a_run_are_refused():
     with pytest.raises(DataError, match=r"decontaminate\.tokens=20: none of 1 evaluation texts"):
         EvaluationRuns.of([np.arange(5)], 20)

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.manifest import read_manifest
-from tests.pipeline.running import refused, run
+from pipeline.runner import Runner
+from pipeline.validation import parse
+from tests.pipeline.running import composed, refused, run
 from tests.pipeline.small_run import save_llama, save_text, small, source, texts
 
 
@@ -52,6 +54,14 @@ def mended(capsys, root, stage, *more):
     assert code == 0, lines
     (folder,) = finished(root, stage)
     return read_manifest(folder)["counts"]
+
+
+def test_two_runs_on_one_output(root, capsys):
+    assert run(capsys, *command(root, "fetch"))[0] == 0
+    with Runner(parse(composed(*command(root, "data_prep"))))._lock("data_prep"):
+        message = refused(capsys, *command(root, "data_prep"))
+    assert "another process is at work there; wait until stage=data_prep is done" in message
+    assert mended(capsys, root, "data_prep")["train"]["rows"] > 0
 
 
 def test_an_empty_folder_of_text(root, capsys):
