@@ -1,5 +1,6 @@
 """Tasks in processes: every answer, in any number of them; a dead one is an error, not a hang."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -80,14 +81,28 @@ def test_a_process_does_not_outlive_the_one_that_gives_tasks(tmp_path):
             list(pool.run(next_task))
         os._exit(1)
     worker = int(os.read(reader, 20))
+    # not before it is at its task, and waits there for what never comes
+    never = _opened_by_a_reader(tmp_path / "never")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     for _ in range(100):
         if not os.path.exists(f"/proc/{worker}") or "Z" in _state(worker):
+            os.close(never)
             return
         time.sleep(0.1)
     os.kill(worker, signal.SIGKILL)
+    os.close(never)
     pytest.fail("it lives on")
+
+
+def _opened_by_a_reader(fifo):
+    """A file descriptor of the fifo's writing end, once another process has opened it to read."""
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            assert error.errno == errno.ENXIO
+            time.sleep(0.05)
 
 
 def _state(pid):
