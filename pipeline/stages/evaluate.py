@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -142,6 +143,8 @@ class Evaluation:
         documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
         self.own_material = self._material(self.base_tokenizer, documents)
         self._samples: dict[str, list[tuple[str, Any]]] = {}
+        # Of each "model task", in this process.
+        self.seconds: Counter[str] = Counter()
         self._tokenizers: dict[str, Any] = {}
         part, parts = map(int, (self.section.shard or "1/1").split("/"))
         self.share = (part - 1) * context.size + context.rank, parts * context.size
@@ -247,8 +250,10 @@ class Evaluation:
             try:
                 tokens = [batch.tokens for batch in work]
                 for batch in track_work(work, tokens, label, self.context.log):
+                    started = time.monotonic()
                     for sample, records in self._records(name, model, batch, made):
                         journal.append(name, batch.task, sample.key, records)
+                    self.seconds[f"{name} {batch.task}"] += time.monotonic() - started
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -351,6 +356,8 @@ def run(context: StageContext) -> dict[str, Any]:
         context.log.info("%d samples were finished before and are kept", len(journal.done))
     for name in context.config.eval.models:
         evaluation.run(name, journal)
+    for which, seconds in evaluation.seconds.items():
+        context.log.info("%s took %.1f s", which, seconds)
     context.meet("evaluated")
     if context.rank:
         return {}
