@@ -335,8 +335,10 @@ class ClusterSection:
     """conf/cluster: what slurm/chain.sh asks a Slurm cluster for; null leaves it to SBATCH_*.
 
     account, partition, qos: as sbatch knows them. train_time, stage_time: time limits. memory: of
-    a stage on one node, as --mem takes it. evaluate_gpus: of the stage evaluate. container_image,
-    container_mounts: pyxis' flags, in whose container the jobs run.
+    a stage on one node, as --mem takes it. data_shards, evaluate_shards: how many jobs of an array
+    share data_prep, evaluate; at_once: how many of an array run at a time, null: all.
+    evaluate_gpus: of one job of the stage evaluate. container_image, container_mounts: pyxis'
+    flags, in whose container the jobs run.
     """
 
     name: str = "default"
@@ -346,6 +348,9 @@ class ClusterSection:
     train_time: str | None = None
     stage_time: str | None = None
     memory: str | None = None
+    data_shards: int = 1
+    evaluate_shards: int = 1
+    at_once: int | None = None
     evaluate_gpus: int = 1
     container_image: str | None = None
     container_mounts: str | None = None

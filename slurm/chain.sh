@@ -2,7 +2,9 @@
 # Submits what is left of a run, each stage after those that it reads:
 #   slurm/chain.sh EXPERIMENT [--dry-run] [key=value ...]
 # cluster=NAME chooses conf/cluster/NAME.yaml. Called again it goes on: stages that are done or in
-# the queue are not submitted twice. Stage fetch runs here, where there is a network.
+# the queue are not submitted twice. With cluster.data_shards or cluster.evaluate_shards above 1 an
+# array makes the parts of data_prep or evaluate, and a job after it puts them together. What
+# fetches runs here, where there is a network.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -52,10 +54,12 @@ for name in ${partition//,/ }; do
 done
 [[ -n $dry ]] || check_writable "$run/slurm"
 
-if [[ ${recipe[fetch.state]} != "done" ]]; then
-  say "fetch: here and now, for it needs a network"
-  [[ -n $dry ]] || "$python" pipeline/run.py stage=fetch "${keys[@]}"
-fi
+for stage in fetch fetch_tasks; do
+  if [[ ${recipe[$stage.state]:-done} != "done" ]]; then
+    say "$stage: here and now, for it needs a network"
+    [[ -n $dry ]] || "$python" pipeline/run.py "stage=$stage" "${keys[@]}"
+  fi
+done
 
 # The job of a stage, where it still waits or runs.
 queued() {
@@ -64,11 +68,12 @@ queued() {
   [[ -z $id ]] || squeue -h -j "$id" -t PD,CF,R,S,RQ,RH,CG -o %A 2>/dev/null | sort -u || true
 }
 
-# Flags of sbatch for a stage, into `flags`.
+# Flags of sbatch for a stage, or for the array of its parts, into `flags`.
 flags_of() {
-  local stage=$1 time=${recipe[cluster.stage_time]} gpus=0
-  flags=(--parsable --job-name="${recipe[name]}-${recipe[variant]}-$stage" --export=ALL)
-  flags+=(--output="$run/slurm/%x-%j.out")
+  local stage=$1 parts=${2:-} log=%x-%j time=${recipe[cluster.stage_time]} gpus=0
+  [[ -z $parts ]] || log=%x-%A_%a
+  flags=(--parsable --job-name="${recipe[name]}-${recipe[variant]}-$stage$parts" --export=ALL)
+  flags+=(--output="$run/slurm/$log.out")
   case $stage in
     finetune)
       time=${recipe[cluster.train_time]}
@@ -98,9 +103,53 @@ train_script() {
   if [[ ${recipe[nodes]} -gt 1 ]]; then echo slurm/train_70b.sh; else echo slurm/train_7b.sh; fi
 }
 
+# Submits a job: what it is called, the file that notes its id, its dependencies, its script. The id
+# is then in `id`. A job that cannot come any more leaves the queue, instead of waiting for ever.
+submit() {
+  local name=$1 note=$2 after=$3
+  shift 3
+  [[ -z $after ]] || flags+=(--dependency="afterok$after" --kill-on-invalid-dep=yes)
+  if [[ -n $dry ]]; then
+    id="<$name>"
+    say "$name: sbatch ${flags[*]} $* ${keys[*]}"
+    return
+  fi
+  id=$(sbatch "${flags[@]}" "$@" "${keys[@]}") ||
+    refuse "stage $name: sbatch refused it, as above; what was submitted before stays in the" \
+      "queue, and the same command goes on"
+  # A federation answers "id;cluster".
+  id=${id%%;*}
+  mkdir -p "$(dirname "$note")"
+  echo "$id" >>"$note"
+  say "$name: job $id${after:+ after ${after#:}}"
+}
+
+# Submits an array of those parts of a stage that are neither done nor in the queue; whatever is not
+# done is then in `parts`, as dependencies.
+submit_parts() {
+  local stage=$1 after=$2 note=${recipe[$1.folder]}.parts.job array arrays number waits left=()
+  parts=
+  mapfile -t arrays < <(cat "$note" 2>/dev/null)
+  for number in ${recipe[$stage.left]}; do
+    waits=
+    for array in "${arrays[@]}"; do
+      [[ -z $(squeue -h -r -j "${array}_$number" -o %i 2>/dev/null) ]] || waits=${array}_$number
+    done
+    if [[ -n $waits ]]; then parts+=:$waits; else left+=("$number"); fi
+  done
+  if [[ -n $parts ]]; then say "${stage}_parts: ${parts#:} in the queue"; fi
+  [[ ${#left[@]} -gt 0 ]] || return 0
+  flags_of "$stage" _parts
+  local at_once=${recipe[cluster.at_once]}
+  flags+=(--array="$(IFS=,; echo "${left[*]}")${at_once:+%$at_once}")
+  submit "${stage}_parts" "$note" "$after" slurm/stage.sbatch "$stage/${recipe[$stage.shards]}"
+  # Each by itself: of a whole array, Slurm sees only at its end that a task has failed.
+  for number in "${left[@]}"; do parts+=:${id}_$number; done
+}
+
 declare -A ids
 for stage in "${stages[@]}"; do
-  [[ $stage != fetch ]] || continue
+  [[ $stage != fetch* ]] || continue
   if [[ ${recipe[$stage.state]} = "done" ]]; then
     say "$stage: done, ${recipe[$stage.folder]}"
     continue
@@ -111,28 +160,18 @@ for stage in "${stages[@]}"; do
     ids[$stage]=$id
     continue
   fi
-  flags_of "$stage"
   after=
   for input in ${recipe[$stage.inputs]}; do
     [[ -z ${ids[$input]:-} ]] || after+=:${ids[$input]}
   done
-  # A job whose stage cannot come any more leaves the queue, instead of waiting there for ever.
-  [[ -z $after ]] || flags+=(--dependency="afterok$after" --kill-on-invalid-dep=yes)
+  if [[ -n ${recipe[$stage.shards]:-} ]]; then
+    submit_parts "$stage" "$after"
+    after+=$parts
+  fi
+  flags_of "$stage"
   script=(slurm/stage.sbatch "$stage")
   [[ $stage != finetune ]] || read -ra script < <(train_script)
-  if [[ -n $dry ]]; then
-    ids[$stage]="<$stage>"
-    say "$stage: sbatch ${flags[*]} ${script[*]} ${keys[*]}"
-    continue
-  fi
-  id=$(sbatch "${flags[@]}" "${script[@]}" "${keys[@]}") ||
-    refuse "stage $stage: sbatch refused it, as above; what was submitted before stays in the" \
-      "queue, and the same command goes on"
-  # A federation answers "id;cluster".
-  id=${id%%;*}
+  submit "$stage" "${recipe[$stage.folder]}.job" "$after" "${script[@]}"
   ids[$stage]=$id
-  mkdir -p "$(dirname "${recipe[$stage.folder]}")"
-  echo "$id" >"${recipe[$stage.folder]}.job"
-  say "$stage: job $id${after:+ after ${after#:}}"
 done
 [[ -n $dry ]] || say "slurm/status.sh ${keys[*]#experiment=} shows where it stands"

@@ -35,7 +35,7 @@ check_writable() {
 
 # The newest Slurm job of a stage, noted beside the stage's folder: a run that shares data_prep or
 # convert with another finds the other's job there.
-job_of() { cat "${recipe[$1.folder]}.job" 2>/dev/null || true; }
+job_of() { tail -n 1 "${recipe[$1.folder]}.job" 2>/dev/null || true; }
 
 # pyxis' flags (an srun plugin) where the cluster runs jobs in a container; else none.
 container=()

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 
 from model.cost import parameters  # noqa: E402
-from pipeline.manifest import read_manifest  # noqa: E402
+from pipeline.manifest import digest, read_manifest  # noqa: E402
 from pipeline.runner import USER_ERRORS, Runner, stage_inputs, stages_of  # noqa: E402
 from pipeline.schema import Config, register_defaults, section_shape  # noqa: E402
 from pipeline.stages.finetune import hybrid_config  # noqa: E402
@@ -32,6 +32,33 @@ def checkpoint_room(config: Config) -> int:
     """Bytes of the checkpoints that a run keeps, and of the one that it writes meanwhile."""
     shape = hybrid_config(section_shape(config.model), config)
     return (config.train.keep_last + 1) * CHECKPOINT_BYTES * parameters(shape)
+
+
+def missing_parts(runner: Runner, stage: str, count: int) -> tuple[list[int], Path | None]:
+    """Numbers of the parts of a stage that are not there, and a folder in the way of one.
+
+    A part is what the stage makes with data.shard or eval.shard "i/count".
+    """
+    depends_on, inputs, _ = runner.wanted(stage)
+    missing, changed = [], None
+    for number in range(1, count + 1):
+        shard = f"{number}/{count}"
+        if stage == "evaluate":
+            of_part = {"eval": {**depends_on["eval"], "shard": shard}}
+        else:
+            of_part = {**depends_on, "shard": shard}
+        wanted = digest([stage, of_part, inputs])
+        folder = runner.folder(stage)
+        if stage == "evaluate":
+            folder = folder.with_name(f"{folder.name}_{number}of{count}")
+        else:
+            folder = folder.with_name(wanted)
+        manifest = read_manifest(folder)
+        if manifest is None or runner.config.force:
+            missing.append(number)
+        elif manifest["id"] != wanted:
+            changed = folder
+    return missing, changed
 
 
 def facts(overrides: list[str]) -> dict[str, object]:
@@ -54,6 +81,7 @@ def facts(overrides: list[str]) -> dict[str, object]:
         "data_workers": config.data.workers,
     }
     found |= {f"cluster.{key}": value for key, value in asdict(config.cluster).items()}
+    shards = {"data_prep": config.cluster.data_shards, "evaluate": config.cluster.evaluate_shards}
     stages = stages_of(config)
     found["stages"] = " ".join(stages)
     for stage in stages:
@@ -63,6 +91,12 @@ def facts(overrides: list[str]) -> dict[str, object]:
         found[f"{stage}.state"] = state
         found[f"{stage}.folder"] = runner.folder(stage)
         found[f"{stage}.inputs"] = " ".join(stage_inputs(stage, config))
+        if shards.get(stage, 1) > 1 and state == "missing":
+            left, changed = missing_parts(runner, stage, shards[stage])
+            found[f"{stage}.shards"] = shards[stage]
+            found[f"{stage}.left"] = " ".join(map(str, left))
+            if changed:
+                found |= {f"{stage}.state": "changed", f"{stage}.folder": changed}
     return found
 
 

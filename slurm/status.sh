@@ -13,6 +13,9 @@ cd "$root"
 read_recipe "experiment=$1" "${@:2}" || exit $?
 for stage in ${recipe[stages]}; do
   line=${recipe[$stage.state]}
+  if [[ -n ${recipe[$stage.shards]:-} ]]; then
+    line+=", parts missing: ${recipe[$stage.left]:-none} of ${recipe[$stage.shards]}"
+  fi
   id=$(job_of "$stage")
   if [[ -n $id && $line != "done" ]]; then
     # squeue forgets a finished job after MinJobAge; sacct, where there is one, does not.

@@ -60,6 +60,13 @@ def inputs(config: Config) -> tuple[str, ...]:
 INPUTS = inputs
 
 
+def processes(config: Config) -> int:
+    """As many as one machine of the recipe has GPUs, or as are left of them here: a recipe that
+    trains on many nodes is evaluated on one."""
+    here = config.parallel.gpus_per_node
+    return max(1, min(here, torch.cuda.device_count())) if config.device == "cuda" else here
+
+
 def depends_on(config: Config) -> dict[str, Any]:
     """Of the eval section what decides a record: its models, and the sections of its tasks."""
     values = asdict(config.eval)

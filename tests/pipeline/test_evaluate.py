@@ -10,6 +10,7 @@ from model.weights import WeightsError
 from pipeline.evaluated_model import EvaluatedModel, load_model, reduced
 from pipeline.manifest import StageError
 from pipeline.records import Journal, of_task, read_records
+from pipeline.runner import Team, refuse_processes
 from pipeline.schema import PatternSection
 from pipeline.schema_of_eval import RulerSection
 from pipeline.stages import evaluate, generate
@@ -120,6 +121,17 @@ def test_only_the_chosen_tasks_and_models_run(finished, tmp_path, monkeypatch):
     assert counts == {"records": {"base perplexity": 8}, "scores": {}, "skipped": {}}
     expected = [json.loads(line) for line in finished[2].splitlines()]
     assert records == [r for r in expected if r["task"] == "perplexity" and r["model"] == "base"]
+
+
+def test_a_machine_evaluates_on_the_gpus_that_it_has(monkeypatch):
+    config = small_config()
+    config.parallel.nodes, config.parallel.gpus_per_node = 8, 8
+    assert evaluate.processes(config) == 8
+    config.device = "cuda"
+    for found, expected in ((1, 1), (4, 4), (16, 8)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda found=found: found)
+        assert evaluate.processes(config) == expected
+        refuse_processes(config, ("evaluate",), Team())
 
 
 def test_fewer_documents_than_wanted_are_told(finished, tmp_path, monkeypatch, caplog):

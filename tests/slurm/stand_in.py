@@ -2,8 +2,8 @@
 
 What bash and Slurm do is then tested by the second; that the true programs do the same is tested
 by test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT;
-`fails`, `holds`, names of stages that fail, or wait; `steps`, how many a training takes;
-`save_every`, of how many.
+`fails`, `holds`, names of stages, or STAGE/PART, that fail, or wait; `steps`, how many a training
+takes; `save_every`, of how many.
 """
 
 import json
@@ -28,7 +28,16 @@ def recipe(arguments):
             if manifest.exists():
                 state = "changed" if "changed" in manifest.read_text() else "done"
             found[key.replace(".folder", ".state")] = state
+    for stage, key in (("data_prep", "data"), ("evaluate", "evaluate")):
+        count = int(found[f"cluster.{key}_shards"])
+        if count > 1 and found[f"{stage}.state"] == "missing":
+            left = [n for n in range(1, count + 1) if not part(found, stage, n, count).exists()]
+            found |= {f"{stage}.shards": count, f"{stage}.left": " ".join(map(str, left))}
     return found
+
+
+def part(found, stage, number, count):
+    return Path(f"{found[f'{stage}.folder']}_{number}of{count}")
 
 
 def setting(name):
@@ -87,11 +96,17 @@ def main():
         print("\n".join(f"{key}\t{value}" for key, value in found.items()))
         return
     stage = next(word[6:] for word in words if word.startswith("stage="))
-    while stage in setting("holds"):
+    shard = next((word.split("=")[1] for word in words if ".shard=" in word), None)
+    name = f"{stage}/{shard.split('/')[0]}" if shard else stage
+    while name in setting("holds"):
         time.sleep(STEP_SECONDS)
-    if stage in setting("fails"):
-        sys.exit(f"error: {stage} fails, as told")
+    if name in setting("fails"):
+        sys.exit(f"error: {name} fails, as told")
     folder = Path(found[f"{stage}.folder"])
+    if shard:
+        folder = part(found, stage, *shard.split("/"))
+    elif found.get(f"{stage}.left"):
+        sys.exit(f"error: {stage}: parts {found[f'{stage}.left']} are missing")
     if stage != "finetune":
         finish(folder)
     elif os.environ["SLURM_NODEID"] == "0":

@@ -112,6 +112,47 @@ def test_nothing_is_submitted_twice(cluster, scripts):
     assert set(ends(cluster, job_ids(control)).values()) == {"COMPLETED"}
 
 
+def logs_of(run: Path, stage: str) -> int:
+    """How many tasks of the stage's arrays have run."""
+    return len(list(run.glob(f"slurm/demo-main-{stage}_parts-*_*.out")))
+
+
+def test_an_array_makes_the_parts_and_what_fails_alone_is_made_again(cluster, scripts, tmp_path):
+    keys = ("cluster.data_shards=2", "cluster.evaluate_shards=3", "cluster.at_once=2")
+    shown = scripts.run("chain", "--dry-run", *keys).stdout
+    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", shown, flags=re.M))
+    assert set(lines) == {*JOBS, "data_prep_parts", "evaluate_parts"}
+    assert "--array=1,2%2 slurm/stage.sbatch data_prep/2 " in lines["data_prep_parts"]
+    assert "--array=1,2,3%2 --dependency" in lines["evaluate_parts"]
+    assert " slurm/stage.sbatch evaluate/3 " in lines["evaluate_parts"]
+    parts = "<data_prep_parts>_1:<data_prep_parts>_2"
+    assert f"--dependency=afterok:{parts} --kill-on-invalid-dep=yes " in lines["data_prep"]
+    assert "afterok:<data_prep>:<export> " in lines["evaluate_parts"]
+    assert "afterok:<data_prep>:<export>:<evaluate_parts>_1:" in lines["evaluate"]
+
+    run = tmp_path / "outputs/demo/main"
+    (scripts.venv / "fails").write_text("evaluate/2")
+    (scripts.venv / "holds").write_text("evaluate/3")
+    jobs = job_ids(scripts.run("chain", *keys).stdout)
+    for stage in ("data_prep", "finetune"):
+        assert cluster.wait_for_job(jobs[stage], SOON)["JobState"] == "COMPLETED"
+    parts = jobs["evaluate_parts"]
+    assert cluster.wait_for_job(f"{parts}_2", SOON)["JobState"] == "FAILED"
+    assert {ends(cluster, jobs)[stage] for stage in ("evaluate", "report")} == {"CANCELLED"}
+    assert "parts missing: 2 3 of 3" in scripts.run("status", *keys).stdout
+    # The third still runs: the second alone is made again.
+    (scripts.venv / "fails").unlink()
+    mended = scripts.run("chain", *keys).stdout
+    again = job_ids(mended)
+    assert set(again) == {"evaluate_parts", "evaluate", "report"} and "finetune: done" in mended
+    both = f"{parts}_3:{again['evaluate_parts']}_2"
+    assert f"evaluate: job {again['evaluate']} after {both}\n" in mended
+    (scripts.venv / "holds").unlink()
+    assert set(ends(cluster, again).values()) == {"COMPLETED"}
+    assert (logs_of(run, "data_prep"), logs_of(run, "evaluate")) == (2, 4)
+    assert all((run / f"evaluate_{n}of3/manifest.json").exists() for n in (1, 2, 3))
+
+
 def rewrite(path: Path, data: bytes) -> None:
     """With the times as they were: a disk that reads wrongly, and not another model."""
     before = path.stat()
@@ -134,12 +175,14 @@ def test_true_stages_on_two_nodes(cluster, tmp_path):
     rewrite(weights, whole)
     mended = scripts.run("chain").stdout
     # A control beside it: what is shared is made once.
-    control = scripts.run("chain", "variant=control", "schedule.full=all").stdout
+    keys = ("variant=control", "schedule.full=all", "cluster.evaluate_shards=2")
+    control = scripts.run("chain", *keys).stdout
     assert tuple(job_ids(mended)) == JOBS[1:] and "data_prep: done" in control
-    assert set(job_ids(control)) == {"finetune", "export", "evaluate", "report"}
+    assert set(job_ids(control)) == {"finetune", "export", "evaluate_parts", "evaluate", "report"}
     trained = job_ids(mended)["finetune"]
     wait_until(lambda: len(rank_processes(trained)) == 2, 2 * STAGE, "two ranks")
     for jobs in (job_ids(mended), job_ids(control)):
+        jobs.pop("evaluate_parts", None)
         assert set(ends(cluster, jobs, 6 * STAGE).values()) == {"COMPLETED"}
     for variant in ("main", "control"):
         run = tmp_path / "outputs/small" / variant

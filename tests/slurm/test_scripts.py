@@ -10,7 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from model.cost import parameters
+from pipeline.runner import Runner
 from pipeline.schema import section_shape
+from pipeline.validation import parse
 from tests.pipeline.running import ROOT
 from tests.slurm.jobs import Scripts, script_module, stand_in
 
@@ -81,9 +83,34 @@ def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
     assert facts([*keys, "force=true"])["convert.state"] == "missing"
 
 
+@pytest.mark.parametrize("stage", ["data_prep", "evaluate"])
+def test_recipe_tells_which_parts_are_missing(tmp_path, stage):
+    keys = ["experiment=demo", f"outputs={tmp_path}"]
+    section = "data" if stage == "data_prep" else "eval"
+    shards = f"cluster.{'data' if section == 'data' else 'evaluate'}_shards=3"
+    # As the job of a part calls it.
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        second = [*keys, f"stage={stage}", f"{section}.shard=2/3"]
+        runner = Runner(parse(compose("config", overrides=second)))
+    folder, wanted = runner.folder(stage), runner.wanted(stage)[2]
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"id": wanted}))
+    facts = script_module("recipe").facts
+    found = facts([*keys, shards])
+    assert (found[f"{stage}.shards"], found[f"{stage}.left"]) == (3, "1 3")
+    assert facts([*keys, shards, "force=true"])[f"{stage}.left"] == "1 2 3"
+    assert f"{stage}.shards" not in facts(keys)
+    if stage == "evaluate":
+        (folder / "manifest.json").write_text(json.dumps({"id": "another's"}))
+        found = facts([*keys, shards])
+        assert (found["evaluate.state"], found["evaluate.folder"]) == ("changed", folder)
+
+
 @pytest.mark.parametrize(
     ("key", "told"),
     [
+        ("cluster.data_shards=0", "error: cluster.data_shards=0: must be at least 1"),
+        ("cluster.at_once=0", "error: cluster.at_once=0: must be at least 1"),
         ("train.steps=0", "error: train.steps=0: must be at least 1"),
         ("train.stepz=1", "error: Could not override 'train.stepz'"),
         ("cluster=gone", "error: In 'config': Could not find 'cluster/gone'"),
