@@ -15,6 +15,8 @@ from tests.slurm.cluster import wait_until
 
 # Nodes x GPUs.
 TWO_NODES = "2x1"
+# Looked at in a moment, as the demo's own source, Python's library, is not.
+SOURCE = f"data.sources=[{{name: docs, path: {ROOT}/docs, format: text}}]"
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
@@ -35,7 +37,7 @@ def recipe_facts(world: str) -> str:
     nodes, gpus = world.split("x")
     keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
     keys += (f"parallel.nodes={nodes}", f"parallel.gpus_per_node={gpus}")
-    every = ["experiment=demo", *keys, "train.micro_batch_rows=1"]
+    every = ["experiment=demo", SOURCE, *keys, "train.micro_batch_rows=1"]
     found = script_module("recipe").facts(every)
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 

@@ -14,7 +14,7 @@ from pipeline.runner import Runner
 from pipeline.schema import section_shape
 from pipeline.validation import parse
 from tests.pipeline.running import ROOT
-from tests.slurm.jobs import Scripts, script_module, stand_in
+from tests.slurm.jobs import SOURCE, Scripts, script_module, stand_in
 
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("slurm/*.sbatch")])
 TRAIN = {"slurm/train_7b.sh": "llama2_7b_128k", "slurm/train_70b.sh": "llama2_70b_128k"}
@@ -62,7 +62,7 @@ def test_off_slurm_it_says_how_to_run_here(script):
 
 
 def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
-    keys = ["experiment=demo", f"outputs={tmp_path}", "train.keep_last=3"]
+    keys = ["experiment=demo", SOURCE, f"outputs={tmp_path}", "train.keep_last=3"]
     facts = script_module("recipe").facts
     found = facts(keys)
     assert found["run"] == tmp_path / "demo/main" and found["stages"].split()[0] == "fetch"
@@ -85,7 +85,7 @@ def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("stage", ["data_prep", "evaluate"])
 def test_recipe_tells_which_parts_are_missing(tmp_path, stage):
-    keys = ["experiment=demo", f"outputs={tmp_path}"]
+    keys = ["experiment=demo", SOURCE, f"outputs={tmp_path}"]
     section = "data" if stage == "data_prep" else "eval"
     shards = f"cluster.{'data' if section == 'data' else 'evaluate'}_shards=3"
     # As the job of a part calls it.
