@@ -15,13 +15,15 @@ PATTERNS = {
 }
 
 
-def tiny_config(kv_heads=2, tied=False, is_full=(True,) * 4, pattern=PATTERNS["sink"], **changes):
-    """A ModelConfig of 4 heads of 16 dimensions, vocabulary 97."""
+def tiny_config(
+    kv_heads=2, heads=4, tied=False, is_full=(True,) * 4, pattern=PATTERNS["sink"], **changes
+):
+    """A ModelConfig with heads of 16 dimensions, vocabulary 97."""
     config = ModelConfig(
         num_layers=len(is_full),
         hidden_size=64,
         ffn_hidden_size=96,
-        num_heads=4,
+        num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=16,
         vocab_size=97,

@@ -117,7 +117,7 @@ def parallel_section(world=1, **changes):
     return ParallelSection(nodes=1, gpus_per_node=world, **changes)
 
 
-def rows_a_process(parallel):
-    """Micro-batch rows with which a step of four rows takes two micro-batches in any layout."""
+def rows_a_process(parallel, rows=4):
+    """Micro-batch rows with which a step of so many rows takes two micro-batches in any layout."""
     groups = parallel.gpus_per_node // (parallel.tensor * parallel.ulysses)
-    return {1: 2, 2: 1}[groups]
+    return rows // (2 * groups)

@@ -57,7 +57,7 @@ def tiled_on_gpu(patched):
     patched(kernels.sparse_attention, "FASTEST", {})
 
 
-def measure(layout, cases, device="cpu", **changes):
+def measure(layout, cases, device="cpu", rows=4, heads=4, **changes):
     """For each case [(loss, gradient norm)] of each step and the held-out loss after them."""
     from pipeline.training import engine as engine_module
 
@@ -70,15 +70,15 @@ def measure(layout, cases, device="cpu", **changes):
     if device == "cuda" and cases != KERNEL_CASES:
         tiled_on_gpu(setattr)
     parallel = parallel_section(**layout)
-    train = small_train(micro_batch_rows=rows_a_process(parallel), **changes)
+    micro = {"rows_per_step": rows, "micro_batch_rows": rows_a_process(parallel, rows)}
+    train = small_train(**micro, **changes)
     found = {}
     for pattern, kv_heads in cases:
         with tempfile.TemporaryDirectory() as folder:
-            trainer, _ = small_trainer(
-                small_config(pattern, kv_heads), parallel, train, Path(folder), device
-            )
+            config = small_config(pattern, kv_heads, heads=heads)
+            trainer, _ = small_trainer(config, parallel, train, Path(folder), device)
             trainer.first = 0
-            steps = [trainer.step(step, 4 * step) for step in range(STEPS)]
+            steps = [trainer.step(step, rows * step) for step in range(STEPS)]
             said = []
             trainer._record = said.append
             trainer.validate(STEPS)
