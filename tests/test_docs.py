@@ -198,3 +198,19 @@ def test_servings_figures_are_as_measured():
         f"{speeds[1]:.1f}",
         f"{speeds[0] / speeds[1]:.2f}",
     ]
+
+
+def test_the_plan_of_eight_gpus_is_as_recorded():
+    with (RESULTS / "eight_gpus_planned.csv").open() as file:
+        rows = {(row["layout"], row["arm"]): row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/several_gpus.md").read_text()
+    for layout in {name for name, _ in rows}:
+        pair = [rows[layout, arm] for arm in ("hybrid", "full")]
+        cells = [
+            ", ".join(f"{float(row['step_seconds']):.2f}" for row in pair),
+            ", ".join(f"{int(row['tokens_per_second_per_gpu']):,}" for row in pair),
+            ", ".join(f"{row['mfu_percent']}%" for row in pair),
+            ", ".join(f"{row['communication_percent']}%" for row in pair),
+            pair[0]["gpu_gb"],
+        ]
+        assert f"| {layout} | {' | '.join(cells)} |" in page
