@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from data_prep.mix import Choice, Pool
 from data_prep.pack import Plan
+from data_prep.sources import Skips
 
 _FIRST_EDGE = 64
 
@@ -46,7 +46,7 @@ def source_row(
     kept: np.ndarray,
     choice: Choice,
     share: int | None,
-    skipped: Mapping[str, int],
+    skips: Skips,
 ) -> dict[str, Any]:
     """One source's line of the table: documents and tokens before and after mixing.
 
@@ -57,7 +57,8 @@ def source_row(
     dropped = ~np.logical_or.reduce([kept, *reasons.values()])
     return {
         "source": pool.name,
-        "skipped": dict(skipped),
+        "skipped": dict(skips.counts),
+        "first_skipped": skips.first,
         "read": _sums(pool.lengths),
         **{reason: _sums(pool.lengths[mask]) for reason, mask in reasons.items()},
         "dropped_by_upsampling": _sums(pool.lengths[dropped]),

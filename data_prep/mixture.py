@@ -81,9 +81,7 @@ class Mixture:
                 of_other_length=~units.wanted.allowed(pool.lengths),
             )
             skips = self.reads[i].skips
-            rows.append(
-                audit.source_row(pool, left_out, self.kept[i], choice, units.share, skips.counts)
-            )
+            rows.append(audit.source_row(pool, left_out, self.kept[i], choice, units.share, skips))
             if skips.counts:
                 log.warning(f"{pool.name}: left out {skips.describe()}")
             log.info(audit.describe(rows[i]))

@@ -312,7 +312,7 @@ def _shard_counts(shard: Shard, corpus: Corpus, log: logging.Logger) -> dict[str
             "of_units": len(units.units),
             "documents": sum(summary.documents for summary in units.done.values()),
             "tokens": sum(summary.tokens for summary in units.done.values()),
-            "skipped": dict(units.skips(units.done).counts),
+            "skipped": dict(units.skips(sorted(units.done)).counts),
         }
         for units in corpus.sources
     ]

@@ -124,6 +124,8 @@ def test_a_small_source_repeats_and_says_so(fetched, tmp_path, caplog):
     assert "its documents repeat" in caplog.text
     assert "1 broken lines (first: " in caplog.text
     assert counts["sources"][1]["skipped"] == {"broken lines": 1}
+    first = counts["sources"][1]["first_skipped"]["broken lines"]
+    assert first.startswith(f"{fetched / 'lines/a.jsonl'}:201: not JSON: ")
 
 
 def test_upsampling_shifts_lengths_within_a_source(fetched, tmp_path):
