@@ -119,6 +119,7 @@ def test_data_preps_figures_are_as_measured():
             )
     measured = json.loads((RESULTS / "data_prep.json").read_text())
     real, memory = measured["real_corpus"], measured["peak_memory"]
+    line = memory["json_line_of_1_gb"]
     for pattern, value in (
         (r"([\d,]+) tokens into", f"{real['tokens_read']:,}"),
         (r"into ([\d,]+) rows", f"{real['rows']:,}"),
@@ -128,7 +129,10 @@ def test_data_preps_figures_are_as_measured():
         (r"([\d.]+)% of the tokens", str(real["all_sources"]["percent_in_documents_over_32k"])),
         (r"over 32K, ([\d.]+)%", str(real["all_sources"]["percent_in_documents_over_128k"])),
         (r"takes (\d+) MiB in one", str(memory["plain_text_of_1_gb"]["workers_1_mib"])),
-        (r"line of 1 GB (\d+) MiB", str(memory["json_line_of_1_gb"]["workers_1_mib"])),
+        (r"which (\d+) are there", str(memory["two_texts_of_a_few_words"]["workers_1_mib"])),
+        (r"document; (\d+) MiB in", str(memory["plain_text_of_1_gb"]["workers_2_mib_together"])),
+        (r"line of 1 GB takes (\d+) MiB", str(line["workers_1_mib"])),
+        (r"one process, (\d+) in three", str(line["workers_2_mib_together_at_most"])),
     ):
         assert re.search(pattern, text)[1] == value
 
