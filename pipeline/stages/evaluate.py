@@ -150,8 +150,6 @@ class Evaluation:
         documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
         self.own_material = self._material(self.base_tokenizer, documents)
         self._samples: dict[str, list[tuple[str, Any]]] = {}
-        # Of each "model task", in this process.
-        self.seconds: Counter[str] = Counter()
         self._tokenizers: dict[str, Any] = {}
         part, parts = map(int, (self.section.shard or "1/1").split("/"))
         self.share = (part - 1) * context.size + context.rank, parts * context.size
@@ -250,6 +248,7 @@ class Evaluation:
         described = self.context.out / f"model_{model.id}.json"
         described.write_text(json.dumps(model.described, indent=2) + "\n")
         work = batches(mine, self.section.batch_tokens)
+        seconds: Counter[str] = Counter()
         label = name if parts == 1 else f"{name}, part {index + 1} of {parts}"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # Prompts are made beside the model's work, which most of that time holds no lock.
@@ -260,9 +259,11 @@ class Evaluation:
                     started = time.monotonic()
                     for sample, records in self._records(name, model, batch, made):
                         journal.append(name, batch.task, sample.key, records)
-                    self.seconds[f"{name} {batch.task}"] += time.monotonic() - started
+                    seconds[batch.task] += time.monotonic() - started
             finally:
                 pool.shutdown(cancel_futures=True)
+        for task, taken in seconds.items():
+            self.context.log.info("%s: %s took %.1f s", label, task, taken)
 
     def _records(
         self, name: str, model: EvaluatedModel, batch: Batch, made: dict[int, Future]
@@ -363,8 +364,6 @@ def run(context: StageContext) -> dict[str, Any]:
         context.log.info("%d samples were finished before and are kept", len(journal.done))
     for name in context.config.eval.models:
         evaluation.run(name, journal)
-    for which, seconds in evaluation.seconds.items():
-        context.log.info("%s took %.1f s", which, seconds)
     context.meet("evaluated")
     if context.rank:
         return {}
