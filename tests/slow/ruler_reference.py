@@ -22,6 +22,13 @@ STUBS = {
         "stop_after_attempt = wait_fixed = wait_random = lambda *_: 0\n"
     ),
 }
+# Its coded words are drawn by scipy's zeta function, here the sum's first terms and the integral.
+ZETA = (
+    "def zeta(a, n=10**4):\n"
+    "    return sum(k**-a for k in range(1, n)) + n ** (1 - a) / (a - 1) + n**-a / 2\n"
+)
+if importlib.util.find_spec("scipy") is None:
+    STUBS |= {"scipy/__init__.py": "", "scipy/special.py": ZETA}
 
 
 class Reference:

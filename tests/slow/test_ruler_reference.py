@@ -28,7 +28,6 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    pytest.importorskip("scipy", reason="its generator of coded words needs it")
     return Reference(tmp_path_factory.mktemp("reference"))
 
 
@@ -56,7 +55,10 @@ def prompts(material, task, length, samples, seed=1):
 
 @pytest.mark.parametrize("task", ruler.TASKS)
 def test_prompts_are_the_same_but_for_what_is_drawn(reference, material, model_folder, task):
-    """And our lengths are within 1% of the target, and never above it."""
+    """And our lengths are within 1% of the target, and never above it.
+
+    Theirs at 4,096: their generators write otherwise below that length alone.
+    """
     theirs = reference.prompts(task, 4096, 3, model_folder)
     expected = {skeleton(task, sample["input"]) for sample in theirs}
     assert len(expected) == 1
