@@ -138,6 +138,8 @@ REFUSALS = {
     "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
     "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
     "parallel.tensor=0": r"parallel.tensor=0: must be at least 1",
+    "cluster.data_shards=0": r"cluster.data_shards=0: must be at least 1",
+    "cluster.at_once=0": r"cluster.at_once=0: must be at least 1",
     "parallel.zero_stage=0": r"parallel.zero_stage=0: must be one of 1, 2, 3",
     "model.ffn_hidden_size=345 parallel.gpus_per_node=2 parallel.tensor=2": r"parallel.tensor=2: "
     r"must divide model.ffn_hidden_size=345",

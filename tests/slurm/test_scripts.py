@@ -80,37 +80,37 @@ def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
     # A shared folder's name is its id; the export was made by another configuration.
     again = facts(keys)
     assert (again["convert.state"], again["export.state"]) == ("done", "changed")
-    assert facts([*keys, "force=true"])["convert.state"] == "missing"
+    assert "evaluate.shards" not in again
+    forced = facts([*keys, "force=true", "cluster.evaluate_shards=2"])
+    assert (forced["convert.state"], forced["evaluate.left"]) == ("missing", "1 2")
 
 
-@pytest.mark.parametrize("stage", ["data_prep", "evaluate"])
-def test_recipe_tells_which_parts_are_missing(tmp_path, stage):
+def test_recipe_tells_which_parts_are_missing(tmp_path):
     keys = ["experiment=demo", SOURCE, f"outputs={tmp_path}"]
-    section = "data" if stage == "data_prep" else "eval"
-    shards = f"cluster.{'data' if section == 'data' else 'evaluate'}_shards=3"
-    # As the job of a part calls it.
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    folders = {}
+    for stage, section in (("data_prep", "data"), ("evaluate", "eval")):
+        # As the job of a part calls it.
         second = [*keys, f"stage={stage}", f"{section}.shard=2/3"]
-        runner = Runner(parse(compose("config", overrides=second)))
-    folder, wanted = runner.folder(stage), runner.wanted(stage)[2]
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"id": wanted}))
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            runner = Runner(parse(compose("config", overrides=second)))
+        folders[stage] = runner.folder(stage)
+        folders[stage].mkdir(parents=True)
+        manifest = json.dumps({"id": runner.wanted(stage)[2]})
+        (folders[stage] / "manifest.json").write_text(manifest)
     facts = script_module("recipe").facts
-    found = facts([*keys, shards])
-    assert (found[f"{stage}.shards"], found[f"{stage}.left"]) == (3, "1 3")
-    assert facts([*keys, shards, "force=true"])[f"{stage}.left"] == "1 2 3"
-    assert f"{stage}.shards" not in facts(keys)
-    if stage == "evaluate":
-        (folder / "manifest.json").write_text(json.dumps({"id": "another's"}))
-        found = facts([*keys, shards])
-        assert (found["evaluate.state"], found["evaluate.folder"]) == ("changed", folder)
+    shards = ("cluster.data_shards=3", "cluster.evaluate_shards=3")
+    found = facts([*keys, *shards])
+    for stage in folders:
+        assert (found[f"{stage}.shards"], found[f"{stage}.left"]) == (3, "1 3")
+    (folders["evaluate"] / "manifest.json").write_text(json.dumps({"id": "another's"}))
+    found = facts([*keys, *shards])
+    changed = found["evaluate.state"], found["evaluate.folder"]
+    assert changed == ("changed", folders["evaluate"])
 
 
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ("cluster.data_shards=0", "error: cluster.data_shards=0: must be at least 1"),
-        ("cluster.at_once=0", "error: cluster.at_once=0: must be at least 1"),
         ("train.steps=0", "error: train.steps=0: must be at least 1"),
         ("train.stepz=1", "error: Could not override 'train.stepz'"),
         ("cluster=gone", "error: In 'config': Could not find 'cluster/gone'"),
