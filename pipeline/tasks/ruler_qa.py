@@ -94,24 +94,23 @@ class Questions:
         others = rng.sample(range(len(self.documents)), most)
         order = [*near, *(index for index in others if index not in taken)]
         shuffler = rng.random()
-        best, limit = None, float(room)
+        best, limit = self._fill(question, [], 0, shuffler), float(room)
+        if len(best[1]) > room:
+            raise StageError(
+                f"{name}: the question with its own documents has {len(best[1])} tokens where "
+                f"{room} are left beside the answer's; raise eval.ruler.lengths, or leave the task "
+                "out of eval.ruler.tasks"
+            )
         for attempt in range(TRIES):
             text, ids = self._fill(question, order, limit, shuffler)
-            if len(ids) <= room and (best is None or len(ids) > len(best[1])):
+            if len(best[1]) < len(ids) <= room:
                 best = text, ids
-            if best is not None and room - len(best[1]) <= NEAR * room:
+            if room - len(best[1]) <= NEAR * room:
                 break
             # Sizes add up only nearly: a token may join what stands on both sides of a seam.
             # Other documents then join others, so that each try leaves some more room.
             missed = room - len(ids)
             limit += missed / 2 if missed > 0 else missed - 2 * attempt
-        if best is None:
-            least = len(self._fill(question, [], 0, shuffler)[1])
-            raise StageError(
-                f"{name}: the question with its own documents has {least} tokens where {room} are "
-                "left beside the answer's; raise eval.ruler.lengths, or leave the task out of "
-                "eval.ruler.tasks"
-            )
         return best
 
     def _fill(
