@@ -1,4 +1,4 @@
-"""What all tests share: two threads, Triton's interpreter where there is no GPU, and Megatron's
+"""What all tests share: one thread, Triton's interpreter where there is no GPU, and Megatron's
 groups for one process."""
 
 import os
@@ -12,8 +12,9 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_cores():
-    torch.set_num_threads(2)
+def _one_thread():
+    """Models here are small, and two workers share two cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

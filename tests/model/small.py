@@ -4,8 +4,6 @@ import torch
 
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 
-torch.set_num_threads(1)
-
 VOCAB = 97
 PATTERNS = {
     "window": dict(sink_tokens=3, window=8, block=4),

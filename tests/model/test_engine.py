@@ -19,15 +19,6 @@ TOLERANCE = 1e-5
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads, by far on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def difference(found, expected):
     """The error's norm as a share of the expected logits'."""
     return ((found - expected).norm() / expected.norm()).item()

@@ -5,8 +5,6 @@ import logging
 from dataclasses import asdict
 
 import numpy as np
-import pytest
-import torch
 
 from data_prep.shards import IndexedWriter
 from pipeline.manifest import StageContext
@@ -17,15 +15,6 @@ from tests.data_prep.helpers import save_model_folder
 from tests.tiny import tiny_config, tiny_llama
 
 VOCABULARY = 512
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads, by far on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_config() -> Config:

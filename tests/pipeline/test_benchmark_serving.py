@@ -12,7 +12,6 @@ from pipeline.benchmarks import serving
 from pipeline.benchmarks.serving_stock import StockLlama
 from pipeline.schema import ServingCase
 from pipeline.validation import parse
-from tests.pipeline.evaluation_helpers import one_thread  # noqa: F401
 from tests.pipeline.running import composed, refused, run
 from tests.pipeline.small_run import SHAPE
 

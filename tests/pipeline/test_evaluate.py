@@ -21,7 +21,6 @@ from tests.data_prep.helpers import save_model_folder
 from tests.pipeline.evaluation_helpers import (
     context,
     held_out,
-    one_thread,  # noqa: F401
     small_config,
     write_held_out,
     write_inputs,

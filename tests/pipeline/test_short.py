@@ -12,7 +12,7 @@ from pipeline.stages import evaluate
 from pipeline.stages.export import longgen_config
 from pipeline.tasks import short
 from pipeline.tasks.material import Material
-from tests.pipeline.evaluation_helpers import context, held_out, one_thread, small_config  # noqa: F401
+from tests.pipeline.evaluation_helpers import context, held_out, small_config
 from tests.pipeline.task_material import material
 from tests.tiny import tiny_config, tiny_llama
 

@@ -13,7 +13,7 @@ from pipeline.stages.export import longgen_config
 from pipeline.tasks import kv_bytes, niah, perplexity
 from pipeline.tasks.material import Material
 from tests.data_prep.helpers import save_model_folder
-from tests.pipeline.evaluation_helpers import VOCABULARY, held_out, one_thread  # noqa: F401
+from tests.pipeline.evaluation_helpers import VOCABULARY, held_out
 from tests.tiny import PATTERNS, tiny_config, tiny_llama
 
 
