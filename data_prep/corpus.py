@@ -84,6 +84,8 @@ class SourceUnits:
         if self.share is not None:
             few = int(self.share / _TOKENS_PER_BYTE / _UNITS_PER_SHARE)
             unit_bytes = max(_LEAST_UNIT_BYTES, min(UNIT_BYTES, few))
+        if self.source.needles is not None:
+            unit_bytes = max(1, unit_bytes // self.source.needles.copies)
         self.units = plan_units(self.source, self.seed, unit_bytes)
         self.need = self.share
         # place in `order` of the next unit that may have to be started
@@ -113,8 +115,8 @@ class SourceUnits:
                 return None
             usable += self.done[number].usable
             held_out += self.done[number].held_out
-            # a shard need not hold a held-out document
-            if usable >= self.need and (held_out or self.shard):
+            # a shard need not hold a held-out document, and needles are never held out
+            if usable >= self.need and (held_out or self.shard or self.source.needles):
                 return self.order[: place + 1]
         return self.order
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.needles import Needles
+
 FORMATS = ("text", "jsonl", "parquet", "directory", "dataset")
 STDLIB = "stdlib"
 # What a data set's folder holds besides its rows.
@@ -39,7 +41,8 @@ class Source:
     data set's folder, as the hub has it or save_to_disk wrote it: its .parquet, .arrow, .jsonl and
     .json (lines) files. Text and JSON lines are also read from .gz and .zst files. `glob` chooses
     files inside a folder; names that begin with a dot are never read. `where`: only rows whose
-    fields have these values; "a.b" is field b of field a.
+    fields have these values; "a.b" is field b of field a. `needles`: what documents of synthetic
+    retrieval are made of the text; none of those is ever held out.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Source:
     field: str = "text"
     weight: float = 1.0
     where: dict[str, str] = dataclasses.field(default_factory=dict)
+    needles: Needles | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:

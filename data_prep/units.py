@@ -35,6 +35,8 @@ DOCUMENT = np.dtype(
         ("contaminated", "?"),
     ]
 )
+# A held_draw that no share of documents held out reaches.
+NEVER = 1.0
 # How much of a unit's first document is encoded by tokenizers too, as a check on the way.
 _CHECKED_CHARACTERS = 4096
 
@@ -87,6 +89,7 @@ def write_unit(task: UnitTask, making: Making) -> Summary:
     rows: list[tuple] = []
     names: list[str] = []
     usable = held_out = 0
+    only_trains = task.source.needles is not None
     path = _path(task.prefix, ".bin")
     with disk_errors(path), path.open("wb") as stream:
         for document in _documents(task, skips):
@@ -105,7 +108,7 @@ def write_unit(task: UnitTask, making: Making) -> Summary:
             is_usable, is_held = task.wanted.verdict(row[0], *row[2:])
             usable += is_usable * row[0]
             held_out += is_held
-            if task.enough is not None and usable >= task.enough and held_out:
+            if task.enough is not None and usable >= task.enough and (held_out or only_trains):
                 break
         stream.flush()
         os.fsync(stream.fileno())
@@ -165,8 +168,19 @@ def token_file(prefix: Path) -> Path:
 
 
 def _documents(task: UnitTask, skips: Skips) -> Iterator[Document]:
+    needles = task.source.needles
     for part in task.unit.parts:
-        yield from read_part(task.source, part, skips)
+        for document in read_part(task.source, part, skips):
+            if needles is None:
+                yield document
+                continue
+            try:
+                text = "".join(document.texts)
+            except Unusable as error:
+                skips.add(error.reason, error.detail)
+                continue
+            for name, hidden in needles.documents(document.id, text):
+                yield Document(name, (hidden,))
 
 
 def _write_document(
@@ -206,11 +220,12 @@ def _write_document(
         return None
     if first:
         making.encoder.check(opening)
+    drawn = task.source.name, document.id
     return (
         tokens,
         int.from_bytes(digest.digest(), "little"),
-        draw(task.seed, "held out", task.source.name, document.id),
-        draw(task.seed, "keep", task.source.name, document.id),
+        NEVER if task.source.needles else draw(task.seed, "held out", *drawn),
+        draw(task.seed, "keep", *drawn),
         bool(seeker and seeker.found),
     )
 

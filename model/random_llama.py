@@ -66,7 +66,13 @@ def train_tokenizer(vocab_size: int, max_positions: int) -> PreTrainedTokenizerF
             f"{len(SPECIAL_TOKENS)} special tokens); set model.vocab_size"
         )
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Numbers digit by digit, as Llama-2 has them.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -13,6 +13,20 @@ class UpsampleSection:
 
 
 @dataclass
+class NeedlesSection:
+    """Synthetic retrieval of a source's texts: see data_prep/needles.py.
+
+    characters: least and most of a document's text; pairs: fewest and most needles in it; copies:
+    how often the text is used, with other needles each time.
+    """
+
+    characters: list[int] = field(default_factory=lambda: [400, 800])
+    pairs: list[int] = field(default_factory=lambda: [1, 3])
+    copies: int = 1
+    seed: int = 1
+
+
+@dataclass
 class SourceSection:
     """One text source. path: a file or folder, or "stdlib"; with `package`, inside the package.
 
@@ -21,7 +35,8 @@ class SourceSection:
     format: text (a file is a document), jsonl, parquet, directory (all text files of one folder
     make a document), dataset (a Hugging Face data set's folder). where: values that fields of a
     row must have. weight: its share of the token budget. min_tokens, max_tokens: documents of
-    other lengths are not used. upsample: in place of data.upsample.
+    other lengths are not used. upsample: in place of data.upsample. needles: its texts become
+    documents with needles, which are never held out.
     """
 
     name: str = "???"
@@ -35,6 +50,7 @@ class SourceSection:
     min_tokens: int = 1
     max_tokens: int | None = None
     upsample: UpsampleSection | None = None
+    needles: NeedlesSection | None = None
 
 
 @dataclass

@@ -7,7 +7,7 @@ from data_prep.sources import FORMATS
 from data_prep.tokenizer import ENGINES
 from pipeline.refusals import at_least, choice, refuse
 from pipeline.schema import Config
-from pipeline.schema_of_data import SourceSection
+from pipeline.schema_of_data import NeedlesSection, SourceSection
 
 
 def _check_sources(key: str, sources: list[SourceSection]) -> None:
@@ -20,10 +20,23 @@ def _check_sources(key: str, sources: list[SourceSection]) -> None:
             refuse(f"{own}.format", source.format, f"must be one of {', '.join(FORMATS)}", "set it")
         if not source.weight > 0:
             refuse(f"{own}.weight", source.weight, "must be above 0", "set it or drop the source")
+        if source.needles is not None:
+            _check_needles(f"{own}.needles", source.needles)
         most = source.max_tokens
         if source.min_tokens < 1 or (most is not None and most < source.min_tokens):
             bounds = f"must be 1 or more and at most max_tokens={most}"
             refuse(f"{own}.min_tokens", source.min_tokens, bounds, "set both")
+
+
+def _check_needles(key: str, needles: NeedlesSection) -> None:
+    for name, least in (("characters", 1), ("pairs", 1)):
+        value = getattr(needles, name)
+        if len(value) != 2 or not least <= value[0] <= value[1]:
+            legal = f"must be two numbers from {least}, the first at most the second"
+            refuse(f"{key}.{name}", value, legal, "set it")
+    for name in ("copies", "seed"):
+        if getattr(needles, name) < 1:
+            refuse(f"{key}.{name}", getattr(needles, name), "must be at least 1", "set it")
 
 
 def check_data(config: Config) -> None:

@@ -22,6 +22,7 @@ from data_prep import audit, mix
 from data_prep.contamination import EvaluationRuns
 from data_prep.corpus import Corpus, Shard, SourceUnits, read_counted
 from data_prep.mixture import Mixture
+from data_prep.needles import Needles
 from data_prep.pack import Plan, pack
 from data_prep.pool import Pool
 from data_prep.readers import read_whole
@@ -86,7 +87,7 @@ def resolve_sources(sections: list[SourceSection], packages: Path | None) -> lis
         elif section.path != STDLIB:
             path = path.expanduser().absolute()
         fields = (section.format, section.glob, section.field, section.weight, section.where)
-        sources.append(Source(section.name, path, *fields))
+        sources.append(Source(section.name, path, *fields, _needles(section)))
     return sources
 
 
@@ -217,6 +218,13 @@ def finished_shards(context: StageContext) -> list[Path]:
             f"{', '.join(folder.name for folder in found[count].values())}"
         )
     return []
+
+
+def _needles(section: SourceSection) -> Needles | None:
+    wanted = section.needles
+    if wanted is None:
+        return None
+    return Needles(tuple(wanted.characters), tuple(wanted.pairs), wanted.copies, wanted.seed)
 
 
 def _wanted(section: SourceSection, data: DataSection) -> mix.Wanted:

@@ -9,28 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.needles import DIGITS, NEEDLE, QUESTION
+from data_prep.needles import TASK_WORDS as WORDS
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 
-WORDS = (
-    *("anchor", "basket", "candle", "desert", "engine", "feather", "garden", "hammer"),
-    *("island", "jacket", "kettle", "ladder", "mirror", "nickel", "orange", "pepper"),
-)
-NEEDLE = "\nThe secret number of the {word} is {number}.\n"
-# A completion, so that a model that was never taught to follow instructions can answer it.
-QUESTION = (
-    "\nQuestion: What is the secret number of the {word}?"
-    "\nAnswer: The secret number of the {word} is"
-)
 QUESTION_OF_SEVERAL = (
     "\nQuestion: What are the secret numbers of the {words}?"
     "\nAnswer: The secret numbers of the {words} are"
 )
-# Digits of a number, which some tokenizers split; a space and a comma or a word beside it; and
-# what a model may say before the first one.
-DIGITS = 5
+# A number's digits; a space and a comma or a word beside it; and what a model may say before the
+# first one.
 TOKENS_PER_NUMBER = DIGITS + 3
 SPARE_TOKENS = 4
 
