@@ -56,7 +56,7 @@ class Needles:
             start, piece = -rng.randrange(self.characters[1]), 0
             while start < len(text):
                 stop = start + rng.randint(*self.characters)
-                filler = text[max(start, 0) : stop]
+                filler = text[max(start, 0) : max(stop, 0)]
                 if filler.strip():
                     yield f"{name}:{copy}.{piece}", self._hide(rng, filler, words)
                     piece += 1

@@ -166,11 +166,16 @@ def training_loss(train: Sequence[Record], validation: Sequence[Record]) -> Figu
 def niah_map(cells: dict[str, dict[tuple[int, int], float]]) -> Figure:
     """Mean score of each length and depth, a map per model on the same scale."""
     widest = max(len({length for length, _ in table}) for table in cells.values())
-    width = max(3.4, 1.4 + 0.62 * widest) * len(cells)
-    figure = Figure(figsize=(max(width, 5.0), 3.6), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, len(cells), squeeze=False)[0]
+    columns = min(2, len(cells)) if len(cells) != 3 else 3
+    rows = -(-len(cells) // columns)
+    width = max(3.4, 1.4 + 0.62 * widest) * columns
+    size = max(width, 5.0), 0.6 + 3.0 * rows
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(cells) :]:
+        axes.set_visible(False)
     scale = Normalize(0, 100)
-    for axes, (model, table) in zip(panels, cells.items(), strict=True):
+    for axes, (model, table) in zip(panels, cells.items(), strict=False):
         lengths = sorted({length for length, _ in table})
         depths = sorted({depth for _, depth in table})
         grid = np.full((len(depths), len(lengths)), np.nan)
@@ -185,7 +190,8 @@ def niah_map(cells: dict[str, dict[tuple[int, int], float]]) -> Figure:
         axes.set_yticks(range(len(depths)), [f"{depth}" for depth in depths])
         axes.set_xlabel("Length (tokens)")
         axes.set_title(model, fontsize=10)
-    panels[0].set_ylabel("Depth of the needle (%)")
+    for axes in panels[::columns]:
+        axes.set_ylabel("Depth of the needle (%)")
     figure.colorbar(image, ax=list(panels), label="Score (0 to 100)")
     return figure
 

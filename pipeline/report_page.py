@@ -22,6 +22,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.4rem 0; overflow-wrap: anywh
 h2 { font-size: 1.15rem; margin: 2.2rem 0 0.4rem; }
 p { margin: 0.4rem 0 0.8rem; color: var(--soft); }
 ul { background: var(--card); border-radius: 8px; padding: 0.8rem 1rem 0.8rem 2rem; }
+.picture { overflow-x: auto; }
 img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: 8px;
   border: 1px solid var(--line); padding: 6px; }
 .scroll { overflow-x: auto; }
@@ -33,6 +34,7 @@ th:first-child, td:first-child { text-align: left; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 table.facts td:first-child { white-space: nowrap; overflow-wrap: normal; color: var(--soft);
   vertical-align: top; }
+@media (max-width: 40rem) { .picture img { width: 36rem; max-width: none; } }
 summary { cursor: pointer; color: var(--soft); margin-top: 0.5rem; }
 """
 
@@ -91,7 +93,8 @@ def _section(section: Section) -> str:
     if section.picture is not None:
         data = base64.b64encode(section.picture.read_bytes()).decode()
         alt = escape(f"{section.title}. {section.text}", quote=True)
-        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{data}">\n')
+        image = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+        parts.append(f'<div class="picture">{image}</div>\n')
     if section.table is not None:
         table = _table(section.table)
         # A picture says it first; the numbers are one click away.

@@ -23,8 +23,15 @@ TITLES = {
 PAIRED = ("niah", "ruler", "babilong", "short")
 
 
-def niah_sections(records: list[Record], pictures: Pictures) -> list[Section]:
-    """A map per number of needles."""
+def niah_sections(
+    records: list[Record], beside: dict[str, list[Record]], pictures: Pictures
+) -> list[Section]:
+    """A map per number of needles: of each model, and of the final one of each run beside."""
+    found = [r for r in records if r["task"] == "niah"]
+    for run, theirs in beside.items():
+        mine = [r for r in theirs if (r["task"], r["model"]) == ("niah", "final")]
+        found += [{**record, "model": run} for record in mine]
+    records = found
     counts = sorted({r.get("needles", 1) for r in records if r["task"] == "niah"})
     if not counts:
         text = "No needle records: eval.tasks does not name niah."
@@ -119,6 +126,15 @@ def beside_ids(config: Config) -> dict[str, str | None]:
     """What the evaluations of other runs are now, so that the page follows them."""
     manifests = {run: read_manifest(folder) for run, folder in beside_folders(config).items()}
     return {run: m and digest([m["id"], m["finished"]]) for run, m in manifests.items()}
+
+
+def beside_records(config: Config) -> dict[str, list[Record]]:
+    """The records of each run of report.beside whose evaluation is finished."""
+    return {
+        run: read_records(folder / RECORDS)
+        for run, folder in beside_folders(config).items()
+        if read_manifest(folder) is not None
+    }
 
 
 def comparison_section(config: Config, records: list[Record], pictures: Pictures) -> Section:

@@ -20,14 +20,16 @@ from pipeline.records import (
     kv_rows,
     niah_cells,
     of_task,
-    perplexity,
     perplexity_by_position,
     read_records,
 )
 from pipeline.report_page import Pictures, Section, Table, render
+from pipeline.report_summary import mib, summarise
 from pipeline.schema import Config
 from pipeline.score_sections import (
+    beside_folders,
     beside_ids,
+    beside_records,
     comparison_section,
     niah_sections,
     short_section,
@@ -75,44 +77,19 @@ def parameters(export: Path) -> int:
     return total
 
 
-def summarise(metrics: list[Record], records: list[Record], old_context: int) -> list[str]:
-    """The result in at most four lines."""
-    lines = []
-    validation = by_step(metrics, "validation")
-    if validation:
-        first, last = validation[0], validation[-1]
-        lines.append(
-            f"held-out loss {first['loss']:.4f} -> {last['loss']:.4f} nats per token "
-            f"(step {first['step']:,} -> {last['step']:,})"
-        )
-    measured = of_task(records, "perplexity")
-    if measured:
-        beyond = {m: [r for r in rows if r["start"] >= old_context] for m, rows in measured.items()}
-        where = f"beyond the old context of {old_context:,} tokens"
-        if not all(beyond.values()):
-            beyond, where = measured, "over all positions (none beyond the old context)"
-        values = " -> ".join(f"{perplexity(rows):,.2f} ({m})" for m, rows in beyond.items())
-        lines.append(f"perplexity {where}: {values}")
-    cells = niah_cells([record for record in records if record.get("needles", 1) == 1])
-    if cells:
-        means = {model: sum(table.values()) / len(table) for model, table in cells.items()}
-        lengths = sorted({length for table in cells.values() for length, _ in table})
-        values = " -> ".join(f"{mean:.1f} ({model})" for model, mean in means.items())
-        lines.append(
-            f"needle in a haystack, {lengths[0]:,} to {lengths[-1]:,} tokens: {values} of 100"
-        )
-    rows = kv_rows(records)
-    if rows:
-        row = rows[-1]
-        lines.append(
-            f"KV cache at {row['length']:,} tokens: {figures.saved_percent(row):.1f}% of the bytes "
-            f"saved ({_mib(row['allocated_bytes'])} of {_mib(row['full_bytes'])} MiB)"
-        )
-    return lines
-
-
-def _mib(count: int) -> str:
-    return f"{count / figures.MIB:,.2f}"
+def _trained_line(context: StageContext, exported: dict[str, Any]) -> str | None:
+    """What was trained, in a line; None of an untrained export."""
+    if "finetune" not in inputs(context.config):
+        return None
+    counts = (read_manifest(context.folder("finetune")) or {}).get("counts", {})
+    if "tokens" not in counts:
+        return None
+    old, new = context.config.model.max_positions, exported["max_position_embeddings"]
+    return (
+        f"context {old:,} -> {new:,} tokens, layers "
+        f"{describe_schedule(tuple(exported['is_full']))}: trained on {counts['tokens']:,} tokens "
+        f"in {counts['steps']:,} steps"
+    )
 
 
 def _facts(context: StageContext, exported: dict[str, Any]) -> Section:
@@ -150,9 +127,26 @@ def _facts(context: StageContext, exported: dict[str, Any]) -> Section:
         if "seconds" in manifest
     ]
     rows.append(("Seconds", ", ".join(seconds)))
+    for run, folder in beside_folders(context.config).items():
+        rows += _facts_beside(run, folder.parent)
     used = manifests["evaluate"].get("versions", {})
     rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in used.items())))
     return Section("What ran", "As the stages' manifests say.", None, Table((), rows, facts=True))
+
+
+def _facts_beside(run: str, folder: Path) -> list[tuple[str, str]]:
+    """What another run trained, and how long its stages took."""
+    manifests = {path.name: read_manifest(path) for path in sorted(folder.glob("*"))}
+    trained = (manifests.get("finetune") or {}).get("counts", {})
+    told = []
+    if "schedule" in trained:
+        told.append(f"layers {trained['schedule']}, {trained['tokens']:,} tokens")
+    told += [
+        f"{stage} {manifests[stage]['seconds']:,.1f} s"
+        for stage in ("finetune", "export", "evaluate")
+        if manifests.get(stage)
+    ]
+    return [(f"Beside: {run}", ", ".join(told))] if told else []
 
 
 def _shape(exported: dict[str, Any], length: int, pictures: Pictures) -> list[Section]:
@@ -244,8 +238,13 @@ def _training(metrics: list[Record], old_context: int, pictures: Pictures) -> li
     return sections
 
 
-def _perplexity(records: list[Record], old_context: int, pictures: Pictures) -> Section:
+def _perplexity(
+    records: list[Record], beside: dict[str, list[Record]], old_context: int, pictures: Pictures
+) -> Section:
     tables = perplexity_by_position(records)
+    for run, theirs in beside.items():
+        if (found := perplexity_by_position(theirs)).get("final"):
+            tables[run] = found["final"]
     if not tables:
         return Section(
             "Perplexity by position", "No perplexity records: eval.tasks does not name perplexity."
@@ -282,9 +281,9 @@ def _kv(records: list[Record], pictures: Pictures) -> Section:
     cells = [
         (
             f"{row['length']:,}",
-            _mib(row["full_bytes"]),
-            _mib(row["allocated_bytes"]),
-            _mib(row["live_bytes"]),
+            mib(row["full_bytes"]),
+            mib(row["allocated_bytes"]),
+            mib(row["live_bytes"]),
             f"{figures.saved_percent(row):.1f}%",
         )
         for row in rows
@@ -314,20 +313,25 @@ def run(context: StageContext) -> dict[str, Any]:
     skipped = counts.get("skipped", {}).get("short")
     exported = json.loads((context.folder("export") / "config.json").read_text())
     old_context = config.model.max_positions
-    summary = summarise(metrics, records, old_context)
+    beside = beside_records(config)
+    window = None if all(exported["is_full"]) else exported["pattern"]["window"]
+    trained_line = _trained_line(context, exported)
+    summary = summarise(metrics, records, old_context, trained_line, window, beside)
     sections = [
-        _facts(context, exported),
+        _perplexity(records, beside, old_context, pictures),
+        *niah_sections(records, beside, pictures),
+        _kv(records, pictures),
+        *_shape(exported, config.data.seq_length, pictures),
         *_training(metrics, old_context, pictures),
-        _perplexity(records, old_context, pictures),
-        *niah_sections(records, pictures),
         task_section("ruler", records, pictures),
         task_section("babilong", records, pictures),
         short_section(records, skipped, pictures),
         comparison_section(config, records, pictures),
-        _kv(records, pictures),
+        _facts(context, exported),
         *speed_sections(pictures),
-        *_shape(exported, config.data.seq_length, pictures),
     ]
+    # What there is nothing of comes last.
+    sections.sort(key=lambda section: section.picture is None and section.table is None)
     told = _to_wandb(context, trained, sections)
     page = render(f"LongGen: {config.name}, {config.variant}", summary, sections)
     (context.out / "index.html").write_text(page, encoding="utf-8")

@@ -84,12 +84,16 @@ def _make(
     filler = _filler(documents, first, room)
     depths = [(depth + 100 * place / needles) % 100 if place else depth for place in range(needles)]
     places = [_line_end(tokenizer, filler, each) for each in depths]
+    order = sorted(range(needles), key=places.__getitem__)
     parts, last = [], 0
-    for place, line in sorted(zip(places, lines, strict=True), key=lambda pair: pair[0]):
-        parts += [filler[last:place], line]
-        last = place
+    for each in order:
+        parts += [filler[last : places[each]], lines[each]]
+        last = places[each]
     ids = with_bos(tokenizer, np.concatenate([*parts, filler[last:], asked]))
-    fields = {"sample": number, "needles": needles}
+    # From the end of the needle at the depth to the end of the prompt.
+    between = sum(len(lines[each]) for each in order[order.index(0) + 1 :])
+    distance = len(filler) - places[0] + between + len(asked)
+    fields = {"sample": number, "needles": needles, "distance": distance}
     expected, answer_tokens = tuple(numbers), TOKENS_PER_NUMBER * needles + SPARE_TOKENS
     template = "niah/completion" if needles == 1 else "niah/several"
     return Prompt(ids, expected, answer_tokens, template, depth, fields)
