@@ -24,6 +24,7 @@ SOURCES = (
     'a folder with a Hugging Face Llama, a .gguf file, a hub id such as "NAME/MODEL", '
     '"pypi:NAME==VERSION" or "random"'
 )
+ROOT = Path(__file__).resolve().parents[2]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
@@ -37,7 +38,7 @@ def depends_on(config: Config) -> dict[str, Any]:
     if kind == "random":
         model |= asdict(section) | {"python": platform.python_version()}
     elif kind in ("folder", "gguf"):
-        model["files"] = fingerprint(Path(section.source).expanduser())
+        model["files"] = fingerprint(local_path(section.source))
     elif kind == "hub":
         model |= {"revision": section.revision, "allow_pickle": section.allow_pickle}
     found = {"model": model, "packages": wanted_packages(config)}
@@ -91,7 +92,7 @@ def source_kind(source: str) -> str:
     Raises:
         StageError: on a path that does not exist or a string that is none of them.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if source == "random":
         return "random"
     if source.startswith("pypi:"):
@@ -106,6 +107,13 @@ def source_kind(source: str) -> str:
         return "hub"
     found = "is neither a folder nor a .gguf file" if path.exists() else "is not there"
     raise StageError(f"model.source={source!r}: {found}; must be {SOURCES}; set model.source")
+
+
+def local_path(source: str) -> Path:
+    """Where a local source lies; one that is not below the working directory, in the repository."""
+    path = Path(source).expanduser()
+    own = ROOT / path
+    return own if not path.exists() and own.exists() else path
 
 
 def wanted_packages(config: Config) -> list[str]:
@@ -220,7 +228,7 @@ def _random(section: ModelSection, out: Path) -> dict[str, Any]:
 
 
 def _link(section: ModelSection, out: Path) -> dict[str, Any]:
-    source = Path(section.source).expanduser().resolve()
+    source = local_path(section.source).resolve()
     out.symlink_to(source, target_is_directory=True)
     return {"files": fingerprint(source)}
 
@@ -228,7 +236,7 @@ def _link(section: ModelSection, out: Path) -> dict[str, Any]:
 def _gguf(section: ModelSection, out: Path) -> dict[str, Any]:
     from model.gguf_import import import_gguf
 
-    return import_gguf(Path(section.source).expanduser(), out)
+    return import_gguf(local_path(section.source), out)
 
 
 def _pypi(section: ModelSection, out: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _facts_beside(run: str, folder: Path) -> list[tuple[str, str]]:
     told += [
         f"{stage} {manifests[stage]['seconds']:,.1f} s"
         for stage in ("finetune", "export", "evaluate")
-        if manifests.get(stage)
+        if "seconds" in (manifests.get(stage) or {})
     ]
     return [(f"Beside: {run}", ", ".join(told))] if told else []
 

@@ -19,5 +19,5 @@ def stages(monkeypatch):
 def at(tmp_path):
     """The command's outputs, and its run's own folder."""
     return SimpleNamespace(
-        outputs=f"outputs={tmp_path}", run=tmp_path / "demo" / "main", root=tmp_path
+        outputs=f"outputs={tmp_path}", run=tmp_path / "tiny" / "main", root=tmp_path
     )

@@ -28,11 +28,11 @@ def alone() -> dict[str, str]:
 def defaults():
     """conf/config.yaml as composed; some tenths of a second, so done once."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=["device=cpu", "wandb.mode=disabled"])
+        return compose("config", overrides=["experiment=tiny", "device=cpu", "wandb.mode=disabled"])
 
 
 def composed(*overrides):
-    """conf/config.yaml on the CPU, without W&B, and with these keys set."""
+    """experiment=tiny on the CPU, without W&B, and with these keys set."""
     return OmegaConf.merge(defaults(), OmegaConf.from_dotlist(list(overrides)))
 
 

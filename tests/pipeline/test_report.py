@@ -305,7 +305,10 @@ def test_cache_bytes_equal_the_records(made):
 
 def test_summary_says_the_result(made):
     metrics, records, counts, page, _ = made
-    losses, beyond, needles, cache = counts["summary"]
+    trained, losses, beyond, ratios, needles, cache = counts["summary"]
+    assert trained == (
+        "context 32 -> 4,096 tokens, layers S1 F2 S1: trained on 40,960 tokens in 20 steps"
+    )
     validation = [r for r in metrics if r["kind"] == "validation"]
     assert f"{validation[0]['loss']:.4f} -> {validation[-1]['loss']:.4f}" in losses
     assert "beyond the old context of 32 tokens" in beyond
@@ -313,6 +316,9 @@ def test_summary_says_the_result(made):
         mine = [r for r in records if r["model"] == model and r.get("start", 0) >= 32]
         value = math.exp(sum(r["nll"] for r in mine) / sum(r["tokens"] for r in mine))
         assert f"{value:,.2f} ({model})" in beyond
+        mine = [r for r in records if r["model"] == model and r.get("stop", 64) <= 32]
+        within = math.exp(sum(r["nll"] for r in mine) / sum(r["tokens"] for r in mine))
+        assert f"{value / within:,.2f} ({model})" in ratios
         scores = [
             r["score"]
             for r in records
@@ -338,17 +344,17 @@ def test_missing_records_are_said_not_fatal(undrawn, tmp_path):
         assert text in page
     assert drawn(out, "png") == ["patterns", "perplexity_by_position", "schedule"]
     assert "eval.tasks does not name ruler" in page and "one model alone, or no score" in page
-    assert len(counts["summary"]) == 1
+    assert [line.split()[0] for line in counts["summary"]] == ["context", "perplexity", "that,"]
     counts, page, _ = make_report(tmp_path, [], [])
     assert "No perplexity records: eval.tasks does not name perplexity" in page
-    assert counts["summary"] == []
+    assert len(counts["summary"]) == 1
 
 
 def test_a_context_that_nothing_exceeds_is_said(undrawn, tmp_path):
     config = small_config()
     config.model.max_positions = 4096
     counts, _, _ = make_report(tmp_path, [], random_records(random.Random(4)), config)
-    assert "over all positions (none beyond the old context)" in counts["summary"][0]
+    assert "over all positions (none beyond the old context)" in counts["summary"][1]
 
 
 def test_an_untrained_export_reads_no_finetune(undrawn, tmp_path):

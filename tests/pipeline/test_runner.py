@@ -28,7 +28,7 @@ def written(folder):
 def test_a_chain_runs_once_and_then_is_skipped_line_by_line(stages, at, capsys):
     code, lines = run(capsys, at.outputs)
     assert code == 0 and stages.calls == list(CHAIN)
-    assert lines[0] == "experiment demo, variant main, device cpu"
+    assert lines[0] == "experiment tiny, variant main, device cpu"
     assert [line for line in lines if line.endswith(": starts")] == [f"{s}: starts" for s in CHAIN]
     code, lines = run(capsys, at.outputs)
     assert code == 0 and len(stages.calls) == len(CHAIN)

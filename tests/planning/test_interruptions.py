@@ -122,7 +122,7 @@ def test_plan_prints_it(capsys, tmp_path):
     code, lines = run(capsys, "stage=plan", f"outputs={tmp_path}")
     assert code == 0
     (line,) = (line for line in lines if "<- this recipe" in line)
-    case = json.loads((tmp_path / "demo/main/plan/plan.json").read_text())["interruptions"][0]
+    case = json.loads((tmp_path / "tiny/main/plan/plan.json").read_text())["interruptions"][0]
     assert f"1 nodes, {case['failures_a_day']:.2f} failures a day: {case['effective']:.1%}" in line
 
 

@@ -33,11 +33,11 @@ def script_module(name: str) -> ModuleType:
 
 @cache
 def recipe_facts(world: str) -> str:
-    """What slurm/recipe.py says of experiment demo for outputs OUTPUTS; `world`: nodes x GPUs."""
+    """What slurm/recipe.py says of experiment tiny for outputs OUTPUTS; `world`: nodes x GPUs."""
     nodes, gpus = world.split("x")
     keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
     keys += (f"parallel.nodes={nodes}", f"parallel.gpus_per_node={gpus}")
-    every = ["experiment=demo", SOURCE, *keys, "train.micro_batch_rows=1"]
+    every = ["experiment=tiny", SOURCE, *keys, "train.micro_batch_rows=1"]
     found = script_module("recipe").facts(every)
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 
@@ -62,14 +62,14 @@ class Scripts:
         self.cluster, self.venv, self.keys = cluster, venv, keys
 
     def run(self, script: str, *arguments: str):
-        """chain.sh or status.sh of experiment demo, finished."""
-        command = (f"slurm/{script}.sh", "demo", *self.keys, *arguments)
+        """chain.sh or status.sh of experiment tiny, finished."""
+        command = (f"slurm/{script}.sh", "tiny", *self.keys, *arguments)
         return self.cluster.run(*command, cwd=ROOT, check=False, VENV=str(self.venv))
 
     def sbatch(self, log: Path, *keys: str, flags: tuple[str, ...] = ("--nodes=2",)) -> str:
-        """The id of a training job of experiment demo without GPUs."""
+        """The id of a training job of experiment tiny without GPUs."""
         options = ("--parsable", "--gpus-per-node=0", f"--output={log}", *flags)
-        given = ("experiment=demo", *self.keys, *keys)
+        given = ("experiment=tiny", *self.keys, *keys)
         command = ("sbatch", *options, "slurm/train_7b.sh", *given)
         return self.cluster.run(*command, cwd=ROOT, VENV=str(self.venv)).stdout.strip()
 

@@ -32,13 +32,13 @@ def refused(done) -> str:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["demo", "more"], "more: one experiment at a time, and demo is named"),
+        (["tiny", "more"], "more: one experiment at a time, and tiny is named"),
         (
-            ["demo", "--nodes=3"],
+            ["tiny", "--nodes=3"],
             "--nodes=3: the only flag is --dry-run; what sbatch is to be given",
         ),
         (
-            ["demo", "stage=export"],
+            ["tiny", "stage=export"],
             "stage=export: a chain has all stages; for one: sbatch slurm/st",
         ),
         (
@@ -46,13 +46,13 @@ def refused(done) -> str:
             "no experiment: slurm/chain.sh EXPERIMENT [--dry-run] [key=value ...],",
         ),
         (
-            ["demo", "cluster.partition=gone"],
+            ["tiny", "cluster.partition=gone"],
             "partition gone: this cluster has batch high ; set cl",
         ),
-        (["demo", "cluster.partition=batch,gone"], "partition gone: this cluster has batch high"),
-        (["demo", GONE], "cluster.container_image=/gone.sqsh: is not there; it must be an image"),
+        (["tiny", "cluster.partition=batch,gone"], "partition gone: this cluster has batch high"),
+        (["tiny", GONE], "cluster.container_image=/gone.sqsh: is not there; it must be an image"),
         (
-            ["demo", "cluster.container_image=site#image"],
+            ["tiny", "cluster.container_image=site#image"],
             "cluster.container_image=site#image: this",
         ),
     ],
@@ -66,7 +66,7 @@ def test_chain_refuses(cluster, scripts, words, told):
 
 def test_the_environments_partition_is_checked_as_well(cluster, scripts):
     keys = {"VENV": str(scripts.venv), "SBATCH_PARTITION": "gone"}
-    done = cluster.run("slurm/chain.sh", "demo", cwd=ROOT, check=False, **keys)
+    done = cluster.run("slurm/chain.sh", "tiny", cwd=ROOT, check=False, **keys)
     assert refused(done).startswith("partition gone")
 
 
@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_written_is_refused(cluster, tmp_path, where):
 
 
 def test_what_another_configuration_made_is_refused(cluster, scripts, tmp_path):
-    folder = tmp_path / "outputs/demo/main/export"
+    folder = tmp_path / "outputs/tiny/main/export"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"changed": True}))
     assert "choose variant=NAME to keep it, or force=true" in refused(scripts.run("chain"))
@@ -92,7 +92,7 @@ def test_without_slurm_it_says_how_to_run_here(scripts, tmp_path):
             next(p for p in ("/usr/bin", "/bin") if Path(p, tool).exists()) + f"/{tool}"
         )
     done = subprocess.run(
-        ["bash", "slurm/chain.sh", "demo", "train.steps=3"],
+        ["bash", "slurm/chain.sh", "tiny", "train.steps=3"],
         cwd=ROOT,
         env={"PATH": str(bare), "VENV": str(scripts.venv)},
         capture_output=True,
@@ -100,7 +100,7 @@ def test_without_slurm_it_says_how_to_run_here(scripts, tmp_path):
     )
     line = refused(done)
     assert line.startswith("sbatch: not found, so this is no Slurm cluster; run on this machine:")
-    assert line.endswith("pipeline/run.py experiment=demo train.steps=3")
+    assert line.endswith("pipeline/run.py experiment=tiny train.steps=3")
 
 
 def test_without_a_python_it_names_make(cluster, tmp_path):
@@ -136,8 +136,8 @@ def test_a_job_whose_world_or_inputs_do_not_fit_ends_at_once(cluster, scripts, t
         assert cluster.wait_for_job(job, SOON)["ExitCode"] == "2:0", text(log)
         jobs[words] = text(log)
     assert all(line in jobs[words] for words, line in told.items()), jobs
-    assert "slurm/chain.sh demo" in jobs[("--nodes=2",)]
-    assert not (tmp_path / "outputs/demo/main/slurm/starts").exists()
+    assert "slurm/chain.sh tiny" in jobs[("--nodes=2",)]
+    assert not (tmp_path / "outputs/tiny/main/slurm/starts").exists()
 
 
 def finish(scripts, stage):
@@ -158,13 +158,13 @@ def test_pyxis_flags_reach_srun(cluster, scripts, tmp_path):
     )
     srun.chmod(0o755)
     path = f"{srun.parent}{os.pathsep}{cluster.env['PATH']}"
-    keys = ("experiment=demo", f"cluster.container_image={image}", "cluster.container_mounts=/d:/d")
+    keys = ("experiment=tiny", f"cluster.container_image={image}", "cluster.container_mounts=/d:/d")
     flags = ("--parsable", "--nodes=2", "--gpus-per-node=0", f"--output={tmp_path}/log")
     command = ("sbatch", *flags, "slurm/train_7b.sh", *keys)
     job = cluster.run(*command, cwd=ROOT, VENV=str(scripts.venv), PATH=path).stdout.strip()
     assert cluster.wait_for_job(job, SOON)["JobState"] == "COMPLETED", text(tmp_path / "log")
     (line,) = (line for line in text(tmp_path / "log").splitlines() if line.startswith("srun "))
-    run = tmp_path / "outputs/demo/main"
+    run = tmp_path / "outputs/tiny/main"
     mounts = f"{ROOT}:{ROOT},{run}:{run},/d:/d"
     wanted = f"--container-image={image} --container-workdir={ROOT} --container-mounts={mounts}"
     assert wanted in line and "torch.distributed.run --nnodes=2" in line

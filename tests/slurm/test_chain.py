@@ -92,10 +92,10 @@ def test_a_failed_stage_cancels_what_follows_and_the_chain_goes_on_once_mended(
     for name, jobs in zip("ab", both, strict=True):
         assert tuple(jobs) == JOBS[2:]
         assert set(ends(cluster, jobs).values()) == {"COMPLETED"}
-        run = tmp_path / "outputs/demo" / name
+        run = tmp_path / "outputs/tiny" / name
         assert steps(run) == list(range(1, 9))
         logs = sorted(path.name.rsplit("-", 1)[0] for path in run.glob("slurm/*.out"))
-        assert logs == sorted(f"demo-{name}-{stage}" for stage in JOBS[2:])
+        assert logs == sorted(f"tiny-{name}-{stage}" for stage in JOBS[2:])
 
 
 def test_nothing_is_submitted_twice(cluster, scripts):

@@ -62,16 +62,16 @@ def test_off_slurm_it_says_how_to_run_here(script):
 
 
 def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
-    keys = ["experiment=demo", SOURCE, f"outputs={tmp_path}", "train.keep_last=3"]
+    keys = ["experiment=tiny", SOURCE, f"outputs={tmp_path}", "train.keep_last=3"]
     facts = script_module("recipe").facts
     found = facts(keys)
-    assert found["run"] == tmp_path / "demo/main" and found["stages"].split()[0] == "fetch"
+    assert found["run"] == tmp_path / "tiny/main" and found["stages"].split()[0] == "fetch"
     assert found["finetune.inputs"] == "data_prep convert"
     states = {key: found[key] for key in ("convert.state", "export.state")}
     assert states == {"convert.state": "missing", "export.state": "missing"}
     # Masters and two moments in fp32 of every parameter, three kept and one being written.
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        shape = section_shape(compose("config").model)
+        shape = section_shape(compose("config", ["experiment=tiny"]).model)
     assert found["checkpoint_room"] == 4 * 12 * parameters(shape)
     for stage in ("convert", "export"):
         folder = found[f"{stage}.folder"]
@@ -118,7 +118,7 @@ def test_recipe_tells_which_parts_are_missing(tmp_path):
     ],
 )
 def test_recipe_refuses_what_the_entry_refuses(key, told, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["recipe.py", "experiment=demo", key])
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "experiment=tiny", key])
     assert script_module("recipe").main() == 2
     assert capsys.readouterr().err.startswith(told)
 

@@ -28,7 +28,7 @@ class Job:
         self.venv = stand_in(folder / "venv", folder / "outputs", **settings)
         for stage in ("fetch", "data_prep", "convert"):
             self._finished(stage)
-        self.run = folder / "outputs/demo/main"
+        self.run = folder / "outputs/tiny/main"
         self.id = Scripts(cluster, self.venv).sbatch(self.log)
 
     def _finished(self, stage: str) -> None:
