@@ -12,7 +12,7 @@ TWO_AT_ONCE := -n 2 --dist loadfile
 .PHONY: help setup demo demo-base test test-all lint clean
 
 help:
-	@echo "make demo      the claim on two cores in minutes, with two controls, as a report page"
+	@echo "make demo      the claim on two cores in minutes, beside a control, as a report page"
 	@echo "make demo-base its base, pretrained anew (3 minutes of an H100)"
 	@echo "make test      the tests"
 	@echo "make test-all  soaks and long fuzz runs too"
@@ -32,13 +32,11 @@ $(READY): requirements.txt
 
 setup: $(READY)
 
-# The controls first: the page of the last run shows all three. Stopped, it goes on where it was.
+# The control first: the page of the last run shows both. Stopped, it goes on where it was.
 demo: $(READY)
-	@echo "1 of 3: the control with a window in every layer"
+	@echo "1 of 2: the control with a window in every layer"
 	$(BIN)/python pipeline/run.py experiment=demo_window
-	@echo "2 of 3: the control with every layer full"
-	$(BIN)/python pipeline/run.py experiment=demo_full
-	@echo "3 of 3: the hybrid"
+	@echo "2 of 2: the hybrid"
 	$(BIN)/python pipeline/run.py experiment=demo
 
 demo-base: $(READY)

@@ -270,7 +270,7 @@ class Runner:
             log.info("%s: up to date, skipped (%s)", stage, final)
             self.team.tell("decision", {"counts": manifest["counts"]})
             return manifest["counts"]
-        if manifest and not force:
+        if manifest and not force and not getattr(stage_module(stage), "REMADE", False):
             old = {"config": manifest["config"], "inputs": manifest["inputs"]}
             changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
             raise StageError(

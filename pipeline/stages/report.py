@@ -39,6 +39,8 @@ from pipeline.speed_sections import speed_sections
 from pipeline.stages.evaluate import RECORDS
 from pipeline.wandb_run import log_report, open_run, trained_run
 
+# Seconds of work, of records that stay: where they or the runs beside have changed, made anew.
+REMADE = True
 # As many KV heads of a pattern that differs by head are drawn.
 HEADS_DRAWN = 5
 

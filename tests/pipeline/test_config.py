@@ -41,14 +41,14 @@ def test_every_recipe_composes(recipe):
 @pytest.mark.parametrize(
     ("recipe", "schedule", "layers"),
     [
-        ("demo", "S2 F2 S2", 6),
+        ("demo", "S3 F2 S1", 6),
         ("smollm2_smoke", "S9 F12 S9", 30),
         ("smollm2_32k", "S9 F12 S9", 30),
         ("llama2_7b_128k", "S10 F12 S10", 32),
         ("llama2_70b_128k", "S25 F30 S25", 80),
     ],
 )
-def test_recipes_and_their_controls_have_the_papers_schedule(recipe, schedule, layers):
+def test_recipes_and_their_controls_have_their_schedules(recipe, schedule, layers):
     assert schedule_of(recipe) == schedule
     assert schedule_of(f"{recipe}_full") == f"F{layers}"
     assert schedule_of(f"{recipe}_window") == f"S{layers}"
@@ -139,6 +139,10 @@ REFUSALS = {
     "inspect.rows=-1": r"inspect.rows=-1: must be at least 0",
     "data.sources=[{name:a}]": r"path.* has no value; set it",
     "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
+    "data.sources=[{name:a,path:x,needles:{characters:[9,5]}}]": r"needles.characters=\[9, 5\]: must "
+    r"be two numbers from 1, the first at most the second; set it",
+    "data.sources=[{name:a,path:x,needles:{pairs:[0,2]}}]": r"needles.pairs=\[0, 2\]: must be two",
+    "data.sources=[{name:a,path:x,needles:{copies:0}}]": r"needles.copies=0: must be at least 1",
     "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
     "parallel.tensor=0": r"parallel.tensor=0: must be at least 1",
     "cluster.data_shards=0": r"cluster.data_shards=0: must be at least 1",
