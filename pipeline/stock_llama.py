@@ -35,7 +35,9 @@ def save_stock_llama(export: Path, out: Path) -> None:
     names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
     names += ("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id")
     values = {name: getattr(ours, name) for name in names}
-    llama = LlamaConfig(**values, rope_parameters=dict(ours.rope), architectures=["LlamaForCausalLM"])
+    llama = LlamaConfig(
+        **values, rope_parameters=dict(ours.rope), architectures=["LlamaForCausalLM"]
+    )
     llama.dtype = ours.dtype
     out.mkdir(parents=True, exist_ok=True)
     llama.save_pretrained(out)

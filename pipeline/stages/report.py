@@ -18,8 +18,6 @@ from pipeline.records import (
     Record,
     by_step,
     kv_rows,
-    niah_cells,
-    of_task,
     perplexity_by_position,
     read_records,
 )

@@ -1,4 +1,4 @@
-"""Synthetic retrieval: what is hidden is asked for once, in the task's words, about other things."""
+"""Synthetic retrieval: what is hidden is asked for once, in the words of the task."""
 
 import re
 
@@ -14,7 +14,9 @@ from tests.data_prep.helpers import byte_level
 
 TEXT = "".join(
     f"line {i} tells of some {word} and an anchor, value{i}\n"
-    for i, word in enumerate("llama grass mountain garden wool river stone cloud".split() * 20)
+    for i, word in enumerate(
+        ["llama", "grass", "mountain", "garden", "wool", "river", "stone", "cloud"] * 20
+    )
 )
 HIDDEN = re.compile(r"\nThe secret number of the (\w+) is (\d{5})\.\n")
 ASKED = re.compile(

@@ -139,8 +139,8 @@ REFUSALS = {
     "inspect.rows=-1": r"inspect.rows=-1: must be at least 0",
     "data.sources=[{name:a}]": r"path.* has no value; set it",
     "data.sources=[{name:a,path:x},{name:a,path:y}]": r"names must differ",
-    "data.sources=[{name:a,path:x,needles:{characters:[9,5]}}]": r"needles.characters=\[9, 5\]: must "
-    r"be two numbers from 1, the first at most the second; set it",
+    "data.sources=[{name:a,path:x,needles:{characters:[9,5]}}]": r"characters=\[9, 5\]: must be "
+    r"two numbers from 1, the first at most the second; set it",
     "data.sources=[{name:a,path:x,needles:{pairs:[0,2]}}]": r"needles.pairs=\[0, 2\]: must be two",
     "data.sources=[{name:a,path:x,needles:{copies:0}}]": r"needles.copies=0: must be at least 1",
     "data.upsample={threshold:9,keep_short:2}": r"keep_short=2.0: must be from 0 to 1",
