@@ -76,7 +76,7 @@ def test_every_model_and_task_is_recorded(finished):
         "perplexity": {"document", "length", "start", "stop", "nll", "tokens"},
         "niah": {
             *("subtask", "seed", "length", "depth", "template", "prompt_tokens", "prompt_sha256"),
-            *("sample", "needles", "expected", "answer", "score", "beyond_context"),
+            *("sample", "needles", "distance", "expected", "answer", "score", "beyond_context"),
         },
         "kv_bytes": {"length", "live_bytes", "allocated_bytes", "full_bytes"},
     }

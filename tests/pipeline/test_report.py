@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from kernels.pattern import Pattern
 from pipeline import figures
 from pipeline.report_page import Pictures
+from pipeline.report_summary import summarise
 from pipeline.score_sections import short_section
 from pipeline.speed_sections import speed_sections
 from pipeline.stages import report
@@ -330,6 +331,33 @@ def test_summary_says_the_result(made):
     assert f"at 64 tokens: {saved:.1f}% of the bytes saved" in cache
     for line in counts["summary"]:
         assert f"<li>{line.replace('>', '&gt;')}</li>" in page
+
+
+def test_summary_tells_of_needles_beyond_the_window_and_of_runs_beside():
+    def asked(model, distance, score):
+        row = {"task": "niah", "model": model, "length": 64, "depth": 0, "distance": distance}
+        return row | {"needles": 1, "score": score}
+
+    records = [asked("base", 40, 0.0), asked("final", 40, 100.0), asked("final", 9, 0.0)]
+    records.append(asked("base", 9, 100.0))
+    beside = {"window": [asked("final", 40, 25.0), asked("final", 9, 100.0)], "gone": []}
+    (line,) = summarise([], records, 32, window=16, beside=beside)
+    assert line.endswith(
+        "further back than the window of 16: 0.0 (base) -> 100.0 (final), 25.0 (window) of 100"
+    )
+    (line,) = summarise([], records, 32, beside=beside)
+    assert line.endswith("tokens: 50.0 (base) -> 50.0 (final), 62.5 (window) of 100")
+
+
+def test_summary_tells_of_texts_eight_times_as_long():
+    def measured(start, loss):
+        row = {"task": "perplexity", "model": "final", "start": start, "stop": start + 16}
+        return row | {"nll": 16 * loss, "tokens": 16}
+
+    losses = {0: 1.0, 16: 9.0, 48: 9.0, 64: 2.0, 112: 2.0}
+    value, ratio = summarise([], [measured(*pair) for pair in losses.items()], 16)
+    assert value == f"perplexity at 4 to 8 times the old context of 16: {math.exp(2):.2f} (final)"
+    assert ratio.endswith(f"perplexity within the old context: {math.e:.2f} (final)")
 
 
 def test_missing_records_are_said_not_fatal(undrawn, tmp_path):

@@ -139,6 +139,8 @@ def test_needle_lies_at_its_depth(tokenizer):
         at = (windows == needle).all(1).nonzero()[0][0]
         # at most 5% before its depth, so that it may stand after a line
         assert prompt.depth / 100 - 0.06 < at / 2000 < prompt.depth / 100 + 0.01
+        before = tokenizer.decode(prompt.tokens[: -prompt.fields["distance"]])
+        assert before.endswith(f"is {prompt.expected[0]}.\n")
 
 
 def test_several_needles_are_spread(tokenizer):
@@ -147,6 +149,8 @@ def test_several_needles_are_spread(tokenizer):
     )
     ((_, prompt),) = made
     text = tokenizer.decode(prompt.tokens)
+    before = tokenizer.decode(prompt.tokens[: -prompt.fields["distance"]])
+    assert before.endswith(f"is {prompt.expected[0]}.\n")
     places = sorted(text.index(f"is {number}.") / len(text) for number in prompt.expected)
     assert places == pytest.approx([0.1, 0.35, 0.6, 0.85], abs=0.07)
 
