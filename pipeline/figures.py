@@ -166,7 +166,7 @@ def training_loss(train: Sequence[Record], validation: Sequence[Record]) -> Figu
 def niah_map(cells: dict[str, dict[tuple[int, int], float]]) -> Figure:
     """Mean score of each length and depth, a map per model on the same scale."""
     widest = max(len({length for length, _ in table}) for table in cells.values())
-    columns = min(2, len(cells)) if len(cells) != 3 else 3
+    columns = min(2, len(cells))
     rows = -(-len(cells) // columns)
     width = max(3.4, 1.4 + 0.62 * widest) * columns
     size = max(width, 5.0), 0.6 + 3.0 * rows
