@@ -86,7 +86,7 @@ def test_recipe_tells_states_and_the_room_for_checkpoints(tmp_path):
 
 
 def test_recipe_tells_which_parts_are_missing(tmp_path):
-    keys = ["experiment=demo", SOURCE, f"outputs={tmp_path}"]
+    keys = ["experiment=tiny", SOURCE, f"outputs={tmp_path}"]
     folders = {}
     for stage, section in (("data_prep", "data"), ("evaluate", "eval")):
         # As the job of a part calls it.
