@@ -41,7 +41,7 @@ demo: $(READY)
 
 demo-base: $(READY)
 	$(BIN)/python pipeline/run.py experiment=demo_base
-	$(BIN)/python -m pipeline.stock_llama outputs/demo_base/main/export demo/base
+	$(BIN)/python -m pipeline.stock_llama outputs/demo_base/main/export model/demo_base
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)

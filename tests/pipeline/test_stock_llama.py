@@ -20,7 +20,7 @@ from tests.data_prep.helpers import save_model_folder
 from tests.tiny import tiny_config, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "demo/base"
+BASE = ROOT / "model/demo_base"
 
 
 def export(folder, **changes):
@@ -70,7 +70,7 @@ def test_the_demos_base_is_small_and_of_its_recipes_shape():
 
 def test_a_source_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert local_path("demo/base") == BASE
-    (tmp_path / "demo/base").mkdir(parents=True)
-    assert local_path("demo/base") == Path("demo/base")
+    assert local_path("model/demo_base") == BASE
+    (tmp_path / "model/demo_base").mkdir(parents=True)
+    assert local_path("model/demo_base") == Path("model/demo_base")
     assert local_path("gone/away") == Path("gone/away")
