@@ -62,7 +62,7 @@ def test_the_demos_base_is_small_and_of_its_recipes_shape():
     values = json.loads((BASE / "config.json").read_text())
     assert config_from_hf(values) == section_shape(section)
     assert len(AutoTokenizer.from_pretrained(BASE)) == section.vocab_size
-    card = (BASE.parent / "README.md").read_text()
+    card = (BASE / "README.md").read_text()
     train = OmegaConf.load(ROOT / "conf/experiment/demo_base.yaml").train
     steps, tokens = re.search(r"([\d,]+) steps of\s+([\d,]+) tokens", card).groups()
     assert (steps, tokens) == (f"{train.steps:,}", f"{train.rows_per_step * 256:,}")
