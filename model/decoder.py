@@ -110,7 +110,7 @@ class Decoder:
         heads = qkv_TC.view(qkv_TC.shape[0], -1, self.config.head_dim)
         return heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
 
-    def _logits(self, x_BD: torch.Tensor, linear=F.linear) -> torch.Tensor:
+    def logits(self, x_BD: torch.Tensor, linear=F.linear) -> torch.Tensor:
         """[B, V] of the last norm's output."""
         logits = linear(x_BD, self.weights.head)
         if logits.shape[1] == self.config.vocab_size:
@@ -150,11 +150,13 @@ class Decoder:
         return _Places(*(x.to(self.device) for x in (places, held, positions)))
 
     @torch.no_grad()
-    def prefill(self, ids_T: torch.Tensor, cache: LongGenCache, row: int, start: int):
+    def prefill(
+        self, ids_T: torch.Tensor, cache: LongGenCache, row: int, start: int, last: int = 1
+    ) -> torch.Tensor:
         """Take in the tokens [start, start + T) of a row, whose earlier ones are in the cache.
 
         Returns:
-            the last token's logits [1, V].
+            the last norm's output [last, D] at the last tokens, for `logits`.
         """
         stop = start + len(ids_T)
         rotations = self._rotations(torch.arange(start, stop, device=self.device))
@@ -175,8 +177,8 @@ class Decoder:
             y_TD = add_rms_norm(x_TD, delta, layer.post_norm, eps)
             delta = self._mlp(y_TD, layer, linears)
         cache.lengths[row] = stop
-        last = add_rms_norm(x_TD[-1:].clone(), delta[-1:].contiguous(), self.weights.norm, eps)
-        return self._logits(last)
+        x_TD, delta = x_TD[-last:].clone(), delta[-last:].contiguous()
+        return add_rms_norm(x_TD, delta, self.weights.norm, eps)
 
     def _attend_chunk(
         self, pattern, qkv_TC, rotation, cached, places: _Places, q_positions, stop: int
@@ -241,6 +243,6 @@ class Decoder:
             delta = self._sum(linears["out"](out_BLNH.flatten(1), layer.out))
             y_BD = add_rms_norm(x_BD, delta, layer.post_norm, eps)
             delta = self._mlp(y_BD, layer, linears)
-        logits = self._logits(add_rms_norm(x_BD, delta, self.weights.norm, eps), linears["head"])
+        logits = self.logits(add_rms_norm(x_BD, delta, self.weights.norm, eps), linears["head"])
         lengths += 1
         return logits

@@ -28,6 +28,8 @@ log = logging.getLogger("longgen.serving")
 
 # Tokens of a prompt that are taken in at a time.
 CHUNK = 16384
+# Tokens of a text whose logits exist at a time.
+SCORED = 1024
 # Beside what is counted: workspaces of the libraries, results of the kernels' splits.
 SPARE_BYTES = 2**30
 
@@ -192,9 +194,26 @@ class Engine:
                 last = self.decoder.prefill(ids.to(self.device), self.cache, row, start)
                 start += len(ids)
                 told(len(ids))
-            logits.append(last)
+            logits.append(self.decoder.logits(last))
         self.logits_BV = torch.cat(logits)
         return self.logits_BV
+
+    def score(self, ids: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """Yield the logits [.., V] at the last `count` of a text's int64 ids, some at a time.
+
+        Raises:
+            ServingError: where the text does not fit.
+        """
+        self.reserve(1, len(ids))
+        start, first = 0, len(ids) - count
+        for part in ids.split(self.chunk):
+            asked = start + len(part) - max(first, start)
+            hidden = self.decoder.prefill(
+                part.to(self.device), self.cache, 0, start, last=max(1, asked)
+            )
+            start += len(part)
+            if asked > 0:
+                yield from map(self.decoder.logits, hidden.split(SCORED))
 
     def _sample(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """[B]: the likeliest, or drawn at `temperature` by Gumbel's trick; alike on all ranks."""

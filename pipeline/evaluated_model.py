@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from kernels.pattern import Pattern
 from model.config import describe_schedule
+from model.mapping import config_from_hf
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from pipeline.manifest import StageContext, StageError, digest, read_manifest
 from pipeline.schema import Config
-from pipeline.stages.export import load_source
+from pipeline.stages.export import load_source, longgen_config
 
 BASE, FINAL, REDUCED, BASE_REDUCED = "base", "final", "reduced", "base_reduced"
 OWN = (BASE, FINAL, REDUCED, BASE_REDUCED)
@@ -28,18 +30,10 @@ OWN = (BASE, FINAL, REDUCED, BASE_REDUCED)
 STOCK_CHUNK = 1024
 
 
-@dataclass
-class EvaluatedModel:
-    """A causal language model and how tasks use it. `described` is a file beside the records.
+class Evaluated(ABC):
+    """How tasks use a causal language model. `described` is a file beside the records."""
 
-    ours: whether it is a LongGen model, which takes prompts in chunks of `prefill_chunk` columns
-    into its own small cache; any other goes through transformers' generate.
-    """
-
-    model: Any
     eos: frozenset[int]
-    ours: bool
-    prefill_chunk: int
     described: dict[str, Any]
 
     @property
@@ -52,9 +46,62 @@ class EvaluatedModel:
         """16 hex digits of the description, which every record carries."""
         return digest(self.described)
 
-    @torch.no_grad()
+    def to_eos(self, row: list[int]) -> list[int]:
+        """The tokens before the first <eos>."""
+        ends = [place for place, token in enumerate(row) if token in self.eos]
+        return row[: ends[0]] if ends else row
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """The model's configuration."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    @abstractmethod
     def answers(self, prompts: Sequence[np.ndarray], new_tokens: int) -> list[list[int]]:
         """Greedy continuations of the prompts, each to <eos> (left out) or `new_tokens` tokens."""
+
+    @abstractmethod
+    def last_logits(self, rows: Sequence[np.ndarray], counts: Sequence[int]) -> list[torch.Tensor]:
+        """Logits [count, V] at the last `count` tokens of each row, rows of any lengths."""
+
+    @abstractmethod
+    def token_losses(self, tokens: np.ndarray) -> torch.Tensor:
+        """-log p(token t + 1 | ..t) in nats, float64 [tokens - 1] on the host."""
+
+    @abstractmethod
+    def cache_bytes(self, tokens: np.ndarray) -> tuple[int, int]:
+        """(held, allocated) bytes of a LongGen model's whole KV cache after these tokens."""
+
+
+@dataclass
+class EvaluatedModel(Evaluated):
+    """A model of transformers, on one device.
+
+    ours: whether it is a LongGen model, which takes prompts in chunks of `prefill_chunk` columns
+    into its own small cache; any other goes through transformers' generate.
+    """
+
+    model: Any
+    eos: frozenset[int]
+    ours: bool
+    prefill_chunk: int
+    described: dict[str, Any]
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[np.ndarray], new_tokens: int) -> list[list[int]]:
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -63,11 +110,7 @@ class EvaluatedModel:
             mask[row, width - len(prompt) :] = 1
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         found = (self._own if self.ours else self._stock)(ids, mask, new_tokens)
-        return [self._to_eos(row) for row in found.tolist()]
-
-    def _to_eos(self, row: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(row) if token in self.eos]
-        return row[: ends[0]] if ends else row
+        return [self.to_eos(row) for row in found.tolist()]
 
     def _own(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
         mask = None if bool(mask.all()) else mask
@@ -95,7 +138,6 @@ class EvaluatedModel:
 
     @torch.no_grad()
     def last_logits(self, rows: Sequence[np.ndarray], counts: Sequence[int]) -> list[torch.Tensor]:
-        """Logits [count, V] at the last `count` tokens of each row, rows of any lengths."""
         device = self.model.device
         if self.ours:
             lengths = torch.tensor([len(row) for row in rows])
@@ -118,7 +160,6 @@ class EvaluatedModel:
 
     @torch.no_grad()
     def token_losses(self, tokens: np.ndarray) -> torch.Tensor:
-        """-log p(token t + 1 | ..t) in nats, float64 [tokens - 1] on the host."""
         ids = torch.from_numpy(np.asarray(tokens, np.int64))[None].to(self.model.device)
         if self.ours:
             return self.model.token_losses(ids)[0].double().cpu()
@@ -132,10 +173,10 @@ class EvaluatedModel:
         return torch.cat(parts).double().cpu()
 
     @torch.no_grad()
-    def cache_of(self, tokens: np.ndarray) -> Any:
-        """The KV cache of our model after these tokens."""
+    def cache_bytes(self, tokens: np.ndarray) -> tuple[int, int]:
         ids = torch.from_numpy(tokens)[None].to(self.model.device)
-        return self.model.prefill(ids, self.prefill_chunk)[0]
+        cache = self.model.prefill(ids, self.prefill_chunk)[0]
+        return cache.live_bytes(), cache.allocated_bytes()
 
 
 def reduced(config: LongGenConfig, pattern: Pattern) -> LongGenConfig:
@@ -154,18 +195,23 @@ def reduced(config: LongGenConfig, pattern: Pattern) -> LongGenConfig:
     return config
 
 
+def dtype_of(config: Config) -> torch.dtype:
+    """On a GPU bfloat16, on a CPU float32, in which a CPU is faster."""
+    on_cpu = config.device == "cpu" or config.export.dtype == "fp32"
+    return torch.float32 if on_cpu else torch.bfloat16
+
+
 def load_model(name: str, context: StageContext) -> Any:
     """The model of a name in eval.models, on the device.
 
     "base" as fetched, every layer full; "final" as exported; those and "reduced" with their name's
-    schedule. On a GPU in bfloat16, on a CPU in float32, in which a CPU is faster.
+    schedule.
 
     Raises:
         StageError: where a folder of eval.folders holds no model, or one of remote code.
     """
     config = context.config
-    on_cpu = config.device == "cpu" or config.export.dtype == "fp32"
-    dtype = torch.float32 if on_cpu else torch.bfloat16
+    dtype = dtype_of(config)
     transformers_logging.disable_progress_bar()
     if name == BASE:
         folder = context.folder("fetch") / "model"
@@ -223,17 +269,42 @@ def model_folder(name: str, context: StageContext) -> Path:
     return Path(context.config.eval.folders[name]).expanduser()
 
 
-def describe(name: str, model: Any, context: StageContext) -> dict[str, Any]:
+def model_config(name: str, context: StageContext) -> LongGenConfig:
+    """The configuration of a name in eval.models, as one of our class.
+
+    Raises:
+        StageError: where a folder of eval.folders holds a model that is neither ours nor a Llama.
+    """
+    folder = model_folder(name, context)
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if values.get("model_type") == LongGenConfig.model_type:
+            config = LongGenConfig.from_pretrained(folder)
+        else:
+            config = longgen_config(config_from_hf(values), folder)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"{folder}: holds no model that several processes can share "
+            f"({str(error).splitlines()[0]}); must be a LongGen export or a Llama; leave {name} "
+            "out of eval.models, or set eval.tensor=1"
+        ) from error
+    if name in (REDUCED, BASE_REDUCED):
+        return reduced(config, Pattern(**asdict(context.config.pattern)))
+    return config
+
+
+def describe(
+    name: str, config: Any, kind: str, dtype: torch.dtype, ours: bool, context: StageContext
+) -> dict[str, Any]:
     """What a record's model is: its source, shape, schedule, RoPE, dtype and trained context."""
-    folder, config = model_folder(name, context), model.config
+    folder = model_folder(name, context)
     manifest = read_manifest(folder) or read_manifest(folder.parent) or {}
-    ours = hasattr(model, "new_cache")
     found = {
         "name": name,
         "source": manifest.get("id") or str(folder),
-        "class": type(model).__name__,
+        "class": kind,
         "longgen": ours,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "context": getattr(config, "max_position_embeddings", None),
         "layers": getattr(config, "num_hidden_layers", None),
     }
@@ -254,17 +325,25 @@ def open_model(name: str, context: StageContext, tokenizer: Any) -> EvaluatedMod
         StageError: see load_model.
     """
     model = load_model(name, context)
+    eos = end_tokens(tokenizer, model.config, getattr(model, "generation_config", None))
+    ours = hasattr(model, "new_cache")
+    told = describe(name, model.config, type(model).__name__, model.dtype, ours, context)
+    return EvaluatedModel(model, eos, ours, context.config.eval.prefill_chunk, told)
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """A model folder's generation_config.json, where it has one."""
+    present = (folder / "generation_config.json").is_file()
+    return GenerationConfig.from_pretrained(folder) if present else None
+
+
+def end_tokens(tokenizer: Any, config: Any, generation: Any) -> frozenset[int]:
+    """What a tokenizer and a model's two configurations call <eos>."""
     ends: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for value in (
-        tokenizer.eos_token_id,
-        model.config.eos_token_id,
-        getattr(generation, "eos_token_id", None),
-    ):
+    for place in (tokenizer, config, generation):
+        value = getattr(place, "eos_token_id", None)
         ends |= set(value if isinstance(value, list) else [] if value is None else [value])
-    chunk = context.config.eval.prefill_chunk
-    described = describe(name, model, context)
-    return EvaluatedModel(model, frozenset(ends), described["longgen"], chunk, described)
+    return frozenset(ends)
 
 
 def needs_export(config: Config) -> bool:

@@ -50,20 +50,24 @@ class Journal:
     sample has. Opening drops a half-written line and samples with fewer records than that.
     """
 
-    def __init__(self, path: Path, others: Sequence[Path] = ()) -> None:
-        """`others`: files of the same kind that other processes write; only read."""
-        self.path = path
+    def __init__(self, path: Path, others: Sequence[Path] = (), writes: bool = True) -> None:
+        """`others`: files of the same kind that other processes write; only read. `writes`: off,
+        another process writes what this one is given."""
+        self.path, self.writes = path, writes
         whole = _whole_samples(path)
         self.done = set(whole)
-        _write_whole(path, whole)
+        if writes:
+            _write_whole(path, whole)
         for other in others:
             self.done |= _whole_samples(other).keys()
 
     def append(self, model: str, task: str, key: str, records: list[Record]) -> None:
         """Write all records of one sample and hand them to the system."""
         sample = {"task": task, "model": model, "key": key, "parts": len(records)}
-        with self.path.open("a") as stream:
-            stream.write("".join(json.dumps({**sample, **record}) + "\n" for record in records))
+        lines = "".join(json.dumps({**sample, **record}) + "\n" for record in records)
+        if self.writes:
+            with self.path.open("a") as stream:
+                stream.write(lines)
         self.done.add((model, task, key))
 
     def gather(self, others: Sequence[Path]) -> None:

@@ -83,7 +83,8 @@ class EvalSection:
     no full layer: sink tokens and window alone), or a name of `folders`, which are folders of other
     models. prose: what RULER's essays and BABILong's book are: a folder of text files or of RULER's
     essays, or "pypi:NAME==VERSION"; null: the held-out documents. batch_tokens: of the prompts that
-    are answered together. shard: "1/4" takes the first of four parts of the samples, for job
+    are answered together. tensor: processes that share a model, for one that no single GPU holds.
+    shard: "1/4" takes the first of four parts of the samples, for job
     arrays; stage=evaluate without it then gathers the parts.
     """
 
@@ -94,6 +95,7 @@ class EvalSection:
     prose: str | None = None
     prefill_chunk: int = 4096
     batch_tokens: int = 16384
+    tensor: int = 1
     shard: str | None = None
     perplexity: PerplexitySection = field(default_factory=PerplexitySection)
     niah: NiahSection = field(default_factory=NiahSection)

@@ -28,8 +28,17 @@ def check_eval(config: Config) -> None:
     models = (*MODELS, *section.folders)
     remedy = "set eval.models, or give its folder in eval.folders"
     known("eval.models", section.models, models, remedy)
-    for key in ("prefill_chunk", "batch_tokens", "perplexity.bucket", "perplexity.documents"):
+    for key in (
+        "tensor",
+        "prefill_chunk",
+        "batch_tokens",
+        "perplexity.bucket",
+        "perplexity.documents",
+    ):
         at_least(config, f"eval.{key}", 1)
+    if config.parallel.gpus_per_node % section.tensor:
+        legal = f"must divide parallel.gpus_per_node={config.parallel.gpus_per_node}"
+        refuse("eval.tensor", section.tensor, legal, "set either")
     choice(config, "generate.model", ("base", "final"))
     known("eval.ruler.tasks", section.ruler.tasks, ruler.TASKS, "set eval.ruler.tasks")
     known("eval.babilong.tasks", section.babilong.tasks, babilong.TASKS, "set it")

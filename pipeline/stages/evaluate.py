@@ -21,17 +21,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from data_prep.shards import HeldOutDocuments
+from model.engine_weights import ServingError, Shard
 from pipeline import packages
-from pipeline.evaluated_model import FINAL, OWN, EvaluatedModel, needs_export, open_model
+from pipeline.evaluated_model import FINAL, OWN, Evaluated, needs_export, open_model
 from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.progress import track_work
 from pipeline.records import Journal, Record, read_records
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection, task_packages
 from pipeline.scores import Cell, averages, cells, write_csv
+from pipeline.serving import join_ranks
+from pipeline.shared_model import open_shared
 from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler, short
 from pipeline.tasks.material import Material
 from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
@@ -140,6 +144,28 @@ def batches(samples: list[tuple[str, Any]], batch_tokens: int) -> list[Batch]:
     return found
 
 
+def teams_of(context: StageContext) -> tuple[Shard, dist.ProcessGroup | None, int]:
+    """(where this process stands among those that share a model, their group, how many teams).
+
+    Raises:
+        StageError: where the processes cannot be divided so.
+    """
+    tensor = context.config.eval.tensor
+    if tensor == 1:
+        return Shard(), None, context.size
+    if context.size % tensor:
+        raise StageError(
+            f"eval.tensor={tensor}: must divide the {context.size} processes that evaluate here; "
+            f"set it, or parallel.gpus_per_node={tensor} on a machine of that many GPUs"
+        )
+    join_ranks(torch.device(context.config.device))
+    starts = range(0, context.size, tensor)
+    # Every process makes every group.
+    groups = [dist.new_group(list(range(start, start + tensor))) for start in starts]
+    team = context.rank // tensor
+    return Shard(context.rank % tensor, tensor), groups[team], len(groups)
+
+
 class Evaluation:
     """One process's part of the stage."""
 
@@ -152,7 +178,9 @@ class Evaluation:
         self._samples: dict[str, list[tuple[str, Any]]] = {}
         self._tokenizers: dict[str, Any] = {}
         part, parts = map(int, (self.section.shard or "1/1").split("/"))
-        self.share = (part - 1) * context.size + context.rank, parts * context.size
+        self.shard, self.group, teams = teams_of(context)
+        team = context.rank // self.shard.size
+        self.share = (part - 1) * teams + team, parts * teams
 
     def _material(self, tokenizer: Any, documents: Sequence[np.ndarray]) -> Material:
         wanted = self.section
@@ -243,7 +271,7 @@ class Evaluation:
         ]
         if not mine:
             return
-        model = open_model(name, self.context, self.tokenizer(name))
+        model = self._open(name)
         self._tell_lengths(name, model, mine)
         described = self.context.out / f"model_{model.id}.json"
         described.write_text(json.dumps(model.described, indent=2) + "\n")
@@ -255,18 +283,25 @@ class Evaluation:
             made = {id(sample): pool.submit(sample.make) for task, sample in mine if task in ASKED}
             try:
                 tokens = [batch.tokens for batch in work]
-                for batch in track_work(work, tokens, label, self.context.log):
+                told = track_work(work, tokens, label, self.context.log)
+                for batch in work if self.shard.rank else told:
                     started = time.monotonic()
                     for sample, records in self._records(name, model, batch, made):
                         journal.append(name, batch.task, sample.key, records)
                     seconds[batch.task] += time.monotonic() - started
             finally:
                 pool.shutdown(cancel_futures=True)
-        for task, taken in seconds.items():
+        for task, taken in seconds.items() if self.shard.rank == 0 else ():
             self.context.log.info("%s: %s took %.1f s", label, task, taken)
 
+    def _open(self, name: str) -> Evaluated:
+        tokenizer = self.tokenizer(name)
+        if self.shard.size == 1:
+            return open_model(name, self.context, tokenizer)
+        return open_shared(name, self.context, tokenizer, self.shard, self.group)
+
     def _records(
-        self, name: str, model: EvaluatedModel, batch: Batch, made: dict[int, Future]
+        self, name: str, model: Evaluated, batch: Batch, made: dict[int, Future]
     ) -> Iterator[tuple[Any, list[Record]]]:
         if batch.task in MEASURED:
             (sample,) = batch.samples
@@ -280,7 +315,7 @@ class Evaluation:
             answer = tokenizer.decode(ids, skip_special_tokens=True)
             yield sample, [record_of(sample, prompt, answer, grade, model)]
 
-    def _tell_lengths(self, name: str, model: EvaluatedModel, mine: list[tuple[str, Any]]) -> None:
+    def _tell_lengths(self, name: str, model: Evaluated, mine: list[tuple[str, Any]]) -> None:
         beyond = sorted({size(sample) for _, sample in mine if is_beyond(size(sample), model)})
         if beyond:
             self.context.log.warning(
@@ -301,14 +336,12 @@ def _try_shortest(samples: list[Sample]) -> None:
             sample.make()
 
 
-def is_beyond(length: int, model: EvaluatedModel) -> bool:
+def is_beyond(length: int, model: Evaluated) -> bool:
     """Whether a length is above the context that the model was trained on."""
     return model.context is not None and length > model.context
 
 
-def record_of(
-    sample: Sample, prompt: Prompt, answer: str, grade: Any, model: EvaluatedModel
-) -> Record:
+def record_of(sample: Sample, prompt: Prompt, answer: str, grade: Any, model: Evaluated) -> Record:
     """A sample's record: all that says what was asked, of whom, what came and what it is worth."""
     return {
         "subtask": sample.subtask,
@@ -358,12 +391,20 @@ def run(context: StageContext) -> dict[str, Any]:
         # Whatever a task lacks is said before any model is loaded.
         evaluation.samples(name)
     finished = parts_of(context)
-    own = context.out / (f"records.{context.rank}.jsonl" if context.rank else RECORDS)
-    journal = Journal(own, [*finished, *_files_of_ranks(context.out, own)])
+    # Of those that share a model, the first one writes.
+    first = context.rank - evaluation.shard.rank
+    own = context.out / (f"records.{first}.jsonl" if first else RECORDS)
+    others = [*finished, *_files_of_ranks(context.out, own)]
+    journal = Journal(own, others, writes=evaluation.shard.rank == 0)
+    # Nobody adds to what others still read: all of them must leave out the same.
+    context.meet("journals")
     if journal.done:
         context.log.info("%d samples were finished before and are kept", len(journal.done))
     for name in context.config.eval.models:
-        evaluation.run(name, journal)
+        try:
+            evaluation.run(name, journal)
+        except ServingError as error:
+            raise StageError(f"{name}: {error}; or lower eval.batch_tokens") from error
     context.meet("evaluated")
     if context.rank:
         return {}

@@ -21,12 +21,11 @@ from transformers import AutoTokenizer, TextStreamer
 
 from model.engine import check_prompts
 from model.engine_weights import ServingError
-from model.mapping import config_from_hf
 from model.modeling_longgen import LongGenConfig
+from pipeline.evaluated_model import model_config, model_folder
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config, GenerateSection
 from pipeline.serving import join_ranks, load_engine
-from pipeline.stages.export import longgen_config
 
 INPUTS = ("fetch", "export")
 # A prompt is asked to be answered, not to be up to date.
@@ -98,16 +97,6 @@ def _check(wanted: GenerateSection) -> None:
         )
 
 
-def _model(context: StageContext) -> tuple[Path, LongGenConfig]:
-    """(the folder of the weights, their configuration)."""
-    if context.config.generate.model == "final":
-        folder = context.folder("export")
-        return folder, LongGenConfig.from_pretrained(folder)
-    folder = context.folder("fetch") / "model"
-    values = json.loads((folder / "config.json").read_text())
-    return folder, longgen_config(config_from_hf(values), folder)
-
-
 def _shared(text: str | None) -> str:
     """Rank 0's text, on every rank."""
     given = [text]
@@ -133,7 +122,7 @@ def run(context: StageContext) -> dict[str, Any]:
     # Training starts every document with <bos>; not every tokenizer adds it by itself.
     if ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
-    folder, config = _model(context)
+    folder, config = model_folder(wanted.model, context), model_config(wanted.model, context)
     # On a CPU float32 is faster.
     narrow = device.type == "cuda" and context.config.export.dtype != "fp32"
     dtype = torch.bfloat16 if narrow else torch.float32

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluated_model import EvaluatedModel
+from pipeline.evaluated_model import Evaluated
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
 
@@ -30,18 +30,16 @@ def build(section: EvalSection, material: Material) -> list[LengthSample]:
     return [LengthSample(str(length), np.zeros(length, np.int64)) for length in lengths]
 
 
-def measure(
-    sample: LengthSample, model: EvaluatedModel, section: EvalSection
-) -> list[dict[str, Any]]:
+def measure(sample: LengthSample, model: Evaluated, section: EvalSection) -> list[dict[str, Any]]:
     """One record: bytes held, bytes of their storage, and bytes if every layer were full."""
-    cache = model.cache_of(sample.tokens)
-    shape, length = model.model.config, len(sample.tokens)
+    live, allocated = model.cache_bytes(sample.tokens)
+    shape, length = model.config, len(sample.tokens)
     values = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * length
     return [
         {
             "length": length,
-            "live_bytes": cache.live_bytes(),
-            "allocated_bytes": cache.allocated_bytes(),
-            "full_bytes": values * model.model.dtype.itemsize,
+            "live_bytes": live,
+            "allocated_bytes": allocated,
+            "full_bytes": values * model.dtype.itemsize,
         }
     ]

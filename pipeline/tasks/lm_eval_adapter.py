@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from pipeline.evaluated_model import EvaluatedModel
+from pipeline.evaluated_model import Evaluated
 
 # Where a model's configuration names no context.
 CONTEXT = 2048
@@ -25,7 +25,7 @@ NEW_TOKENS = 256
 class EvaluatedLM(TemplateLM):
     """`batch_tokens`: of the rows that the model takes together, padding among them."""
 
-    def __init__(self, model: EvaluatedModel, tokenizer: Any, batch_tokens: int) -> None:
+    def __init__(self, model: Evaluated, tokenizer: Any, batch_tokens: int) -> None:
         super().__init__()
         self.evaluated, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.max_length = model.context or CONTEXT

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluated_model import EvaluatedModel
+from pipeline.evaluated_model import Evaluated
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
@@ -47,9 +47,7 @@ def build(section: EvalSection, material: Material) -> list[DocumentSample]:
     ]
 
 
-def measure(
-    sample: DocumentSample, model: EvaluatedModel, section: EvalSection
-) -> list[dict[str, Any]]:
+def measure(sample: DocumentSample, model: Evaluated, section: EvalSection) -> list[dict[str, Any]]:
     """One record per bucket of absolute positions [start, stop) of the predicted token.
 
     "nll" is the sum in nats over the bucket's "tokens"; the token at position 0, <bos>, is not

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluated_model import EvaluatedModel
+from pipeline.evaluated_model import Evaluated
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
@@ -118,9 +118,7 @@ def _bigbench(task: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(
-    sample: TaskSample, model: EvaluatedModel, section: EvalSection
-) -> list[dict[str, Any]]:
+def measure(sample: TaskSample, model: Evaluated, section: EvalSection) -> list[dict[str, Any]]:
     """One record per document of the task, its score the first measure, times 100.
 
     Raises:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.engine_weights import Shard
 from model.modeling_longgen import LongGenForCausalLM
 from pipeline.evaluated_model import EvaluatedModel
 from pipeline.manifest import StageError
@@ -96,6 +97,8 @@ def test_without_lm_eval_the_reason_is_said(tmp_path, monkeypatch, caplog):
 
 
 class Nothing:
+    shard = Shard()
+
     def samples(self, name):
         return []
 
