@@ -288,9 +288,10 @@ def restarted(folder, act, restarts=3, finished=lambda: False):
 ADVANCES = """
 last = folder + "/latest"
 step = int(open(last).read()) + 1 if os.path.exists(last) else 1
-while len(os.listdir(folder)) < 2 * step: time.sleep(0.01)
+# Both have read before one writes.
+note(f"{os.getpid()}.read")
+while sum(name.endswith(".read") for name in os.listdir(folder)) < 2 * step: time.sleep(0.01)
 if rank:
-    time.sleep(0.2)
     note("latest", step)
     os.kill(os.getpid(), 9 if step < 5 else 0)
 else:

@@ -114,7 +114,7 @@ def test_nothing_is_submitted_twice(cluster, scripts):
 
 def logs_of(run: Path, stage: str) -> int:
     """How many tasks of the stage's arrays have run."""
-    return len(list(run.glob(f"slurm/demo-main-{stage}_parts-*_*.out")))
+    return len(list(run.glob(f"slurm/tiny-main-{stage}_parts-*_*.out")))
 
 
 def test_an_array_makes_the_parts_and_what_fails_alone_is_made_again(cluster, scripts, tmp_path):
@@ -130,7 +130,7 @@ def test_an_array_makes_the_parts_and_what_fails_alone_is_made_again(cluster, sc
     assert "afterok:<data_prep>:<export> " in lines["evaluate_parts"]
     assert "afterok:<data_prep>:<export>:<evaluate_parts>_1:" in lines["evaluate"]
 
-    run = tmp_path / "outputs/demo/main"
+    run = tmp_path / "outputs/tiny/main"
     (scripts.venv / "fails").write_text("evaluate/2")
     (scripts.venv / "holds").write_text("evaluate/3")
     jobs = job_ids(scripts.run("chain", *keys).stdout)

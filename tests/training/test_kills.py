@@ -30,7 +30,8 @@ def command(root, variant, steps):
     # Hydra's grammar has no quotes around keys.
     keys = [re.sub(r'"(\w+)":', r"\1:", key) for key in keys]
     values = (f"train.steps={steps}", "train.save_every=3", "train.validate_every=30")
-    return [sys.executable, str(ROOT / "pipeline/run.py"), *keys, *values, *FIXED]
+    run = [sys.executable, str(ROOT / "pipeline/run.py"), "experiment=tiny"]
+    return [*run, *keys, *values, *FIXED]
 
 
 def losses(folder):
