@@ -121,7 +121,6 @@ class Checkpointer:
         """`background`: copy to host memory and write while training goes on."""
         self.engine, self.config, self.layout = engine, config, layout
         self.folder, self.keep_last, self.background = folder, keep_last, background
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[float] | None = None
         # Host copies of the optimizer's storages, kept from save to save: pinning takes long.
         self._host: dict[int, torch.Tensor] = {}
@@ -141,7 +140,11 @@ class Checkpointer:
         stored = {**asdict(progress), "adam_step": adam_step(self.engine)}
         if self.background:
             pieces = self._copied(pieces)
-            self._pending = self._writer.submit(self._write, pieces, stored)
+            # A thread that ends with the save: one that stayed would keep its OpenMP threads, and
+            # on few cores those of training would then sleep at every barrier.
+            writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._pending = writer.submit(self._write, pieces, stored)
+            writer.shutdown(wait=False)
         else:
             self._write(pieces, stored)
         return time.perf_counter() - started
@@ -162,10 +165,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finish what is being written."""
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
+        self.wait()
 
     def load(self) -> Progress | None:
         """Restore the newest whole checkpoint; None where there is none at all.
