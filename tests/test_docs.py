@@ -77,12 +77,53 @@ def test_training_speed_is_as_measured():
 def test_the_plans_errors_are_as_measured():
     with (RESULTS / "plan_against_measured.csv").open() as file:
         rows = list(csv.DictReader(file))
+    page = (ROOT / "docs/memory.md").read_text()
+    span = r"([+-][\d.]+)% to ([+-][\d.]+)%"
+    told = re.findall(rf"^\| (H\d+),[^|]*\| (\d+) \| {span} \| {span} \|", page, re.M)
+    assert sum(int(count) for _, count, *_ in told) == len(rows)
+    for gpu, count, *errors in told:
+        of = [row for row in rows if row["gpu"] == f"NVIDIA {gpu}"]
+        if len(of) != int(count):
+            offload = str(int(count) == 2)
+            of = [row for row in of if row["optimizer_offload"] == offload]
+        assert len(of) == int(count)
+        memory = sorted(100 * float(row["gpu_error"]) for row in of)
+        times = sorted(100 * float(row["step_error"]) for row in of)
+        ends = (memory[0], memory[-1], times[0], times[-1])
+        assert [f"{end:+.1f}" for end in ends] == errors
+        assert max(map(abs, memory)) < 10
+
+
+def test_the_switches_figures_are_as_measured():
+    with (RESULTS / "plan_against_measured.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["layers"] == "4"]
+    page = (ROOT / "docs/memory.md").read_text()
+    table = re.findall(r"^\| (`(?:none|attention|full)`.*) \|" + r" ([\d.]+) \|" * 4, page, re.M)
+    assert len(table) == len(rows)
+    keys = ("planned_gpu_gb", "measured_gpu_gb", "planned_step_seconds", "measured_step_seconds")
+    for row, (switches, *figures) in zip(rows, table, strict=True):
+        assert f"`{row['recompute']}`" in switches and (row["mlp_tile"] or "`") in switches
+        for name in ("offload_activations", "optimizer_offload"):
+            assert (f"`{name}`" in switches) == (row[name] == "True")
+        assert figures == [row[key] for key in keys]
+
+
+def test_the_128k_row_on_80_gb_is_as_measured():
+    with (RESULTS / "train_step_h100.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["group"] == "offloaded")
     page = " ".join((ROOT / "docs/memory.md").read_text().split())
-    memory = re.search(r"GPU memory ([\d.]+)% to ([\d.]+)% more", page)
-    times = re.search(r"step times ([\d.]+)% to ([\d.]+)% less", page)
-    for told, column, sign in ((memory, "gpu_error", 100), (times, "step_error", -100)):
-        errors = [sign * float(row[column]) for row in rows]
-        assert (float(told[1]), float(told[2])) == (round(min(errors), 1), round(max(errors), 1))
+    told = re.search(
+        r"([\d.]+) s a step, ([\d,]+) tokens/s, ([\d.]+)% MFU \(.*?\), ([\d.]+) GB of the GPU "
+        r"and ([\d.]+) GB of the host's",
+        page,
+    )
+    assert list(told.groups()) == [
+        f"{float(row['step_seconds']):.1f}",
+        f"{float(row['tokens_per_second_per_gpu']):,.0f}",
+        f"{100 * float(row['mfu']):.1f}",
+        f"{int(row['device_peak_allocated_bytes']) / 1e9:.1f}",
+        f"{int(row['host_peak_bytes']) / 1e9:.1f}",
+    ]
 
 
 def test_the_soaks_figures_are_as_measured():
@@ -202,6 +243,19 @@ def test_servings_figures_are_as_measured():
         f"{speeds[1]:.1f}",
         f"{speeds[0] / speeds[1]:.2f}",
     ]
+
+
+def test_evaluations_figures_are_as_measured():
+    measured = json.loads((RESULTS / "evaluation_h100.json").read_text())
+    seconds = measured["suite_32k"]["seconds_with_start"]
+    assert sum(measured["suite_32k"]["seconds"].values()) < seconds
+    minutes = re.search(r"`suite_32k` of 135M in ([\d.]+) minutes", README)[1]
+    assert minutes == f"{seconds / 60:.1f}"
+    with (RESULTS / measured["stock_8k"]["scores"]).open() as file:
+        rows = list(csv.DictReader(file))
+    ruler = [row for row in rows if row["task"] == "ruler"]
+    assert len(ruler) == 13 * 3 and {int(row["samples"]) for row in ruler} == {50}
+    assert {row["subtask"] for row in rows if row["task"] == "niah"} == {"1 needle", "4 needles"}
 
 
 def test_the_plan_of_eight_gpus_is_as_recorded():

@@ -68,7 +68,8 @@ def test_stopped_in_every_stage_it_ends_the_same(tmp_path):
     """Ctrl-C when a stage has begun, and the same command again; at last the run's own end."""
     keys = ("train.steps=8", "train.save_every=3", "train.log_every=1", "eval.niah.samples=1")
     keys += ("data.tokens=400_000", "eval.perplexity.documents=2")
-    for cut in ("data_prep", "convert", "finetune: step 5", "evaluate", "report"):
+    cuts = ("fetch", "data_prep", "convert", "finetune: step 5", "export", "evaluate", "report")
+    for cut in cuts:
         stage, _, sign = cut.partition(": ")
         process = subprocess.Popen(
             command(tmp_path / "cut", "demo", *keys),
