@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from html import escape
 
 import numpy as np
 import pytest
@@ -29,15 +30,19 @@ from tests.pipeline.evaluation_helpers import (
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-# Measures the page when it is loaded, and says so in an element that --dump-dom prints.
+# Measures the page inside a frame of a chosen width, and says so in an element of the page around
+# it that --dump-dom prints; and once on the console, so that silence there is heard.
 PROBE = """
 <script>addEventListener("load", () => {
-  const images = [...document.images], found = document.createElement("output");
+  const images = [...document.images], found = parent.document.createElement("output");
   const shown = images.filter((image) => image.complete && image.naturalWidth > 100).length;
   for (const closed of document.querySelectorAll("details")) closed.open = true;
   const wide = document.documentElement.scrollWidth - innerWidth;
-  found.textContent = `images ${images.length} shown ${shown} wide ${wide}`;
-  document.body.append(found);
+  const page = getComputedStyle(document.body);
+  found.textContent = `images ${images.length} shown ${shown} wide ${wide} `
+    + `ink ${page.color} paper ${page.backgroundColor}`;
+  parent.document.body.append(found);
+  console.info("measured");
 });</script>
 """
 FIGURES = [
@@ -201,26 +206,54 @@ def test_every_figure_is_saved_and_inside_the_page(made):
     assert all(data.startswith(b"\x89PNG") for data in saved)
 
 
+def browsed(folder, page, width=1200, dark=False):
+    """What a browser measures of the page, and the lines on its console."""
+    probed = page.replace("</body>", PROBE + "</body>")
+    around = folder / "around.html"
+    around.write_text(f'<iframe width="{width}" height="900" srcdoc="{escape(probed)}"></iframe>')
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'browser'}"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=5000", around.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = re.search(
+        r"images (\d+) shown (\d+) wide (-?\d+) ink rgb\((.+?)\) paper rgb\((.+?)\)<", done.stdout
+    )
+    assert found, done.stderr[-2000:]
+    colours = [sum(map(int, found[i].split(","))) / 3 for i in (4, 5)]
+    console = re.findall(r":CONSOLE(?::\d+|\(\d+\))\] *(.*)", done.stderr)
+    return [int(found[i]) for i in (1, 2, 3)], colours, console
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_a_browser_shows_every_picture_and_cuts_nothing(made, tmp_path):
-    """On a wide screen and on a narrow one; tables scroll by themselves."""
+    """On a wide screen and on a phone's, light and dark; tables scroll by themselves."""
     *_, page, out = made
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.replace("</body>", PROBE + "</body>"))
-    for width in (1200, 500):
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-        command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'browser'}"]
-        done = subprocess.run(
-            [*command, "--virtual-time-budget=5000", probed.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        found = re.search(r"images (\d+) shown (\d+) wide (-?\d+)<", done.stdout)
-        assert found, done.stderr[-2000:]
-        pictures = len(list((out / "figures").glob("*.png")))
-        assert int(found[1]) == int(found[2]) == pictures
-        assert int(found[3]) <= 0
+    pictures = len(list((out / "figures").glob("*.png")))
+    for width, dark in ((1200, False), (390, True)):
+        (images, shown, wide), (ink, paper), console = browsed(tmp_path, page, width, dark)
+        assert images == shown == pictures
+        assert wide <= 0
+        assert ink > 200 and paper < 50 if dark else ink < 50 and paper > 200
+        assert len(console) == 1 and "measured" in console[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_would_tell_a_fault(made, tmp_path):
+    """The test above can fail: an error on the console, a picture lost, a line too long."""
+    faults = (
+        '<img src="data:image/png;base64,AAAA"><p style="width: 60rem">a</p><script>x()</script>'
+    )
+    (images, shown, wide), _, console = browsed(
+        tmp_path, made[3].replace("</body>", faults + "</body>"), 390
+    )
+    assert shown == images - 1
+    assert wide > 0
+    assert len(console) == 2 and any("x is not defined" in line for line in console)
 
 
 def test_the_page_needs_nothing_beside_itself(made):
