@@ -171,9 +171,8 @@ def write_pieces(folder: Path, pieces: list[Piece], group: dist.ProcessGroup) ->
             process_group=group,
         )
     except dcp.api.CheckpointException as error:
-        # Each rank's failure comes with its traceback; the first says what happened.
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(f"rank {rank}: {str(cause).splitlines()[0]}") from error
+        rank, words = _first_failure(error)
+        raise OSError(f"rank {rank}: {words}") from error
     # torch.distributed.checkpoint names a rank's files by it; the others are the first rank's.
     patterns = [f"__{group.rank()}_*"] + ["[!_]*"] * (group.rank() == 0)
     mine = _checksums([path for pattern in patterns for path in folder.glob(pattern)])
@@ -185,6 +184,16 @@ def write_pieces(folder: Path, pieces: list[Piece], group: dist.ProcessGroup) ->
             file.write(json.dumps(sums, indent=2, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _first_failure(error: dcp.api.CheckpointException) -> tuple[int, str]:
+    """A rank and the line that says what happened there; Ctrl-C is raised again as itself."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+    # Each rank's failure comes with its traceback; the first says what happened.
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return rank, (str(cause) or repr(cause)).splitlines()[0]
 
 
 def read_pieces(folder: Path, pieces: list[Piece], group: dist.ProcessGroup | None = None) -> None:
@@ -202,8 +211,7 @@ def read_pieces(folder: Path, pieces: list[Piece], group: dist.ProcessGroup | No
             no_dist=group is None,
         )
     except dcp.api.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise ValueError(str(cause).splitlines()[0]) from error
+        raise ValueError(_first_failure(error)[1]) from error
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

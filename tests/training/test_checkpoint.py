@@ -121,6 +121,22 @@ def test_a_checkpoint_that_was_left_out_is_written_anew(run):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind", "words"),
+    [(KeyboardInterrupt(), KeyboardInterrupt, ""), (MemoryError(), ValueError, "MemoryError()")],
+)
+def test_what_ends_the_reading_of_a_checkpoint_is_told(run, monkeypatch, raised, kind, words):
+    """torch.distributed.checkpoint catches everything, Ctrl-C too."""
+
+    def end(*args):
+        raise raised
+
+    monkeypatch.setattr(shard_store._Reader, "read_data", end)
+    with pytest.raises(kind) as error:
+        dict(read_weights(run))
+    assert str(error.value) == words
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(run, monkeypatch):
     trainer, _ = trainer_in(run)
 

@@ -18,7 +18,7 @@ from tests.pipeline.running import ROOT, alone, composed, fresh_logger
 from tests.pipeline.small_run import save_llama, save_text, small
 
 # Steps of a run by how often it is killed.
-STEPS = {1: 21, 20: 90}
+STEPS = {1: 12, 20: 90}
 LAYOUT = ("parallel.gpus_per_node=2", "parallel.zero_stage=2", "parallel.restarts=100")
 
 
