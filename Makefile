@@ -6,9 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The same line for every use: nothing is compiled while DeepSpeed is installed.
 INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
-# The tests of a file share fixtures. Files in their order: by their number of tests the few long
-# ones would come last, and leave a core idle.
-AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
+# The tests of a file share fixtures, and processes that wait for each other leave a core idle.
+AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: help setup demo demo-base test test-all lint clean
 

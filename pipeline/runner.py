@@ -30,7 +30,6 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
-from pipeline.interrupts import noted_interrupts, raise_if_interrupted
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -293,7 +292,6 @@ class Runner:
             out = self._partial_folder(stage, final, stage_log)
             self.team.tell("decision", {"out": str(out)})
             context = self._context(out, stage_log)
-            raise_if_interrupted()
             counts = stage_module(stage).run(context)
             self.team.meet("ran")
             finish(out, final, stage, depends_on, inputs, counts, started)
@@ -364,10 +362,8 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
         of = f", {team.size} processes" if team.size > 1 else ""
         told = config.name, config.variant, config.device, of
         log.info("experiment %s, variant %s, device %s%s", *told)
-        with noted_interrupts():
-            for stage in stages:
-                raise_if_interrupted()
-                counts = runner.run(stage)
+        for stage in stages:
+            counts = runner.run(stage)
     except USER_ERRORS as error:
         first = team.fail(USER_ERROR)
         team.say(str(error))

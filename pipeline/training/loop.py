@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from model.config import ModelConfig
 from model.cost import peak_flops, training_flops
 from model.loss import IGNORED
-from pipeline.interrupts import raise_if_interrupted
 from pipeline.manifest import STOPPED_BY_FILE, StageStopped
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
@@ -211,7 +210,6 @@ class Trainer:
             TimeRemainingColumn(),
         )
         silent = self.layout.rank != 0
-        raise_if_interrupted()
         with (
             StopRequest(self.folder / TRIGGER) as stop,
             Progress(*columns, transient=True, disable=silent) as bar,

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
 
 import pytest
 from safetensors import SafetensorError
@@ -260,23 +259,6 @@ def test_what_stops_a_run_and_its_exit_code(stages, at, capsys, error, code, lin
     del stages.acts["finetune"]
     assert run(capsys, at.outputs)[0] == 0
     assert written(at.run / "finetune") == 2
-
-
-def test_a_ctrl_c_that_a_library_swallows_ends_the_run_at_the_next_edge(stages, at, capsys):
-    def swallow(context):
-        with suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
-        return {}
-
-    stages.acts["convert"] = swallow
-    found, lines = run(capsys, at.outputs)
-    assert found == 130 and lines[-1] == "interrupted; the same command continues"
-    assert stages.calls == ["fetch", "data_prep", "convert"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # What it interrupted is done, and what it did not begin is not.
-    assert run(capsys, at.outputs)[0] == 0
-    assert stages.calls[3] == "finetune"
 
 
 @pytest.mark.parametrize("kind", [StageError, DataError, MappingError, WeightsError])

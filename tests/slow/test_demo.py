@@ -76,6 +76,8 @@ def test_stopped_in_every_stage_it_ends_the_same(tmp_path):
             stdout=subprocess.PIPE,
             text=True,
             env=alone(),
+            # A shell starts what runs in its background with Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for line in process.stdout:
             if (sign or f"{stage}: starts") in line:

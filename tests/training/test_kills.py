@@ -121,7 +121,8 @@ def _another(printed: Path, life: int) -> bool:
     return _lives(printed) > life
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 20])
 def test_killed_ranks_lose_and_double_nothing(root, kills, tmp_path):
     dice = random.Random(kills)
     whole, variant, steps = f"whole{kills}", f"killed{kills}", STEPS[kills]

@@ -99,7 +99,17 @@ def assert_same(found, expected, tolerance=1e-5):
             assert got == pytest.approx(wanted, rel=tolerance), (case, step)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *MORE_LAYOUTS])
+# Others hold the same parts: zero1 and zero3, tp2_zero2_offload, ulysses2_zero3.
+SLOW = ("zero2", "tp2_zero1", "ulysses2_zero2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name in (*LAYOUTS, *MORE_LAYOUTS)
+    ],
+)
 def test_losses_and_gradient_norms_are_those_of_one_process(name, one_process):
     layout = (LAYOUTS | MORE_LAYOUTS)[name]
     cases = CASES if layout["world"] == 2 else FEWER_CASES
