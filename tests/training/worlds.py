@@ -5,10 +5,11 @@ On GPUs the processes are spawned, since CUDA does not survive a fork.
 
 import multiprocessing
 import os
-import socket
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +21,7 @@ def _child(pipe, rank, size, port, function, arguments):
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE=str(True),
     )
     import torch
 
@@ -42,14 +44,13 @@ def run_world(size, function, *arguments, gpu=False, timeout=120):
     if not gpu:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         context.set_forkserver_preload(["tests.training.preload"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Held by this process: a free port looked up for rank 0 may be taken before it gets there.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, children = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
         child = context.Process(
-            target=_child, args=(theirs, rank, size, port, function, arguments), daemon=True
+            target=_child, args=(theirs, rank, size, store.port, function, arguments), daemon=True
         )
         child.start()
         theirs.close()
