@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # The same line for every use: nothing is compiled while DeepSpeed is installed.
 INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # The tests of a file share fixtures, and processes that wait for each other leave a core idle.
-AT_ONCE := -n 2 --dist loadfile
+TWO_AT_ONCE := -n 2 --dist loadfile
 
 .PHONY: help setup demo demo-base test test-all lint clean
 
@@ -44,10 +44,10 @@ demo-base: $(READY)
 	$(BIN)/python -m pipeline.stock_llama outputs/demo_base/main/export model/demo_base
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(AT_ONCE)
+	$(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(AT_ONCE)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
