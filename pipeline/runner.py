@@ -148,10 +148,11 @@ def refuse_processes(config: Config, stages: Sequence[str], team: Team) -> None:
             f"stage={together[0]}; under Slurm: srun torchrun ...), and other stages one by one by "
             "python pipeline/run.py stage=NAME"
         )
-    if config.device == "cuda" and here > torch.cuda.device_count():
+    if config.device == "cuda" and here > torch.cuda.device_count() and not parallel.share_gpus:
         raise ConfigError(
             f"parallel.gpus_per_node={here}: this machine shows {torch.cuda.device_count()} CUDA "
-            "GPUs; set parallel.gpus_per_node to as many at most, or device=cpu"
+            "GPUs; set parallel.gpus_per_node to as many at most, or device=cpu; to check how a "
+            "layout trains, slowly: parallel.share_gpus=true"
         )
 
 

@@ -92,6 +92,8 @@ class RopeSection:
 class ParallelSection:
     """conf/parallel: how the world is divided. data-parallel size = world / (tensor * ulysses).
 
+    share_gpus: training ranks beyond the machine's GPUs share them, and what goes between ranks
+    goes through the host, over gloo: a layout can be checked where GPUs are few, slowly.
     restarts: how often run.py starts its workers again, from the last checkpoint, after one died.
     """
 
@@ -102,6 +104,7 @@ class ParallelSection:
     ulysses: int = 1
     zero_stage: int = 1
     optimizer_offload: bool = False
+    share_gpus: bool = False
     restarts: int = 3
 
 

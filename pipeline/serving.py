@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from model.engine import Engine
-from model.engine_weights import Shard, load_weights
+from model.engine_weights import ServingError, Shard, load_weights
 from model.modeling_longgen import LongGenConfig
 from model.weights import WeightFolder
 
@@ -26,7 +26,13 @@ def join_ranks(device: torch.device) -> tuple[torch.device, Shard, dist.ProcessG
     if size == 1:
         return device, Shard(), None
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= gpus:
+            raise ServingError(
+                f"{size} processes on {gpus} CUDA GPUs: each needs its own, since "
+                "parallel.share_gpus is for training; start as many as there are GPUs"
+            )
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -63,6 +63,7 @@ COLUMNS = (
     "model_flops",
     "pairs",
     *PEAKS,
+    "first_loss",
     "losses",
     "dense_backend",
     "sparse_backend",

@@ -2,7 +2,8 @@
 
 A step is Trainer.step, as finetune takes it: one row's transfer, forward, backward, clipping and
 the optimizer's update. Arms take turns on one engine, on the same rows; it is trained on from case
-to case, so losses of two cases do not compare.
+to case, so losses of two cases do not compare. first_loss of a run's first row is that of the drawn
+weights, the same on every layout that has its rows.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import _lru_cache_wrapper
+from functools import _lru_cache_wrapper, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -79,21 +81,24 @@ def set_memory(model: torch.nn.Module, train: TrainSection) -> None:
 
 
 def fill_random(engine, shape: ModelConfig, layout: Layout, seed: int) -> None:
-    """Draw masters and weights on the device; ranks draw by themselves, so the layout matters."""
+    """Draw masters and weights on the device, the same for every layout: whole tensors, each by the
+    seed and its name, of which a rank keeps its blocks."""
+    from model.mapping import megatron_shape
     from pipeline.training.checkpoint import fill_masters
 
-    generator = torch.Generator(layout.device).manual_seed(seed)
-
-    def draw(name: str, within: tuple[slice, ...]) -> torch.Tensor:
-        size = [part.stop - part.start for part in within]
+    # Blocks of one tensor follow each other.
+    @lru_cache(maxsize=1)
+    def drawn(name: str) -> torch.Tensor:
+        size = megatron_shape(name, shape)
         if len(size) == 1:
             return torch.ones(size)
         deviation = DEVIATION
         if name.endswith(TO_RESIDUAL):
             deviation /= math.sqrt(2 * shape.num_layers)
-        return torch.randn(size, generator=generator, device=layout.device).mul_(deviation)
+        own = torch.Generator(layout.device).manual_seed(crc32(f"{seed} {name}".encode()))
+        return torch.randn(size, generator=own, device=layout.device).mul_(deviation)
 
-    fill_masters(engine, shape, layout, draw)
+    fill_masters(engine, shape, layout, lambda name, within: drawn(name)[within])
 
 
 class StepClock:
@@ -254,14 +259,16 @@ class TrainSteps:
         )
         _free(layout.device)
         _forget_peaks(layout.device)
-        times, losses = [], []
+        times, losses, before = [], [], []
         with BackendsSaid() as backends:
             for number in range(WARM_UP + (case.steps or bench.repeats)):
                 consumed = number * train.rows_per_step
                 dist.barrier(group=layout.host_group)
                 seconds, told = clock.time(lambda at=consumed: trainer.step(self.taken, at))
                 self.taken += 1
-                if number >= WARM_UP:
+                if number < WARM_UP:
+                    before.append(told["loss"])
+                else:
                     times.append(seconds)
                     losses.append(told["loss"])
         # The slowest rank's times, the fullest one's memory.
@@ -273,6 +280,7 @@ class TrainSteps:
         peaks = [None if peak < 0 else int(peak) for peak in fullest.tolist()]
         gpu = torch.cuda.get_device_name() if layout.device.type == "cuda" else "CPU"
         return {
+            "first_loss": f"{before[0]:.6f}",
             **measured_columns(known, slowest.tolist(), losses, gpu),
             **dict(zip(PEAKS, peaks, strict=True)),
             **backends.columns(),

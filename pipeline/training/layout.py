@@ -52,6 +52,10 @@ class Layout:
                 f"{wanted}; start that many, or set them to the processes there are"
             )
         if device.type == "cuda":
+            if parallel.share_gpus:
+                # DeepSpeed too takes the GPU of this number.
+                shared = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+                os.environ["LOCAL_RANK"] = str(shared)
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         self.device = device
@@ -61,9 +65,9 @@ class Layout:
             # DeepSpeed would compile a shared-memory all-reduce; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
-            )
+            # NCCL refuses two ranks on one GPU.
+            own_gpu = device.type == "cuda" and not parallel.share_gpus
+            deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
             atexit.register(deepspeed.comm.destroy_process_group)
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(

@@ -356,7 +356,7 @@ def one_rank(folder, more):
     context = StageContext(config, Path(folder), None, log)
     figures, rank = train_step.measure(context)
     return rank, [
-        (row["step_seconds"], row["losses"], row["tokens_per_second_per_gpu"])
+        (row["step_seconds"], row["losses"], row["tokens_per_second_per_gpu"], row["first_loss"])
         for row in figures["rows"]
     ]
 
@@ -382,16 +382,25 @@ def test_on_a_gpu_memory_and_mfu_are_measured(tmp_path):
             assert sum(parts) == pytest.approx(total, rel=0.1, abs=5e-3)
 
 
+@pytest.fixture(scope="module")
+def first_losses(tmp_path_factory):
+    ((_, told),) = run_world(1, one_rank, str(tmp_path_factory.mktemp("one")), ())
+    return [float(first) for *_, first in told]
+
+
 @pytest.mark.parametrize("split", ["ulysses", "tensor"])
-def test_two_ranks_tell_the_slowest_ones_times(tmp_path, split):
+def test_two_ranks_tell_the_slowest_ones_times_and_one_process_s_loss(
+    tmp_path, split, first_losses
+):
     more = ("parallel.gpus_per_node=2", f"parallel.{split}=2")
     (first, told), (second, same) = run_world(2, one_rank, str(tmp_path), more)
     assert (first, second) == (0, 1) and told == same and len(told) == 2
     with (tmp_path / "train_step.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for row, (seconds, losses, speed) in zip(rows, told, strict=True):
+    for row, (seconds, losses, speed, first), alone in zip(rows, told, first_losses, strict=True):
         assert (row["world"], row[split], row["losses"]) == ("2", "2", losses)
         assert speed == pytest.approx(64 / seconds / 2, rel=1e-4 / seconds)
+        assert float(first) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_recipe_covers_what_has_to_be_shown():

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from safetensors import SafetensorError
@@ -367,5 +368,7 @@ def test_more_gpus_than_the_machine_shows(monkeypatch):
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 1)
     with pytest.raises(runner.ConfigError, match="gpus_per_node=2: this machine shows 1 CUDA"):
         runner.refuse_processes(config, ("finetune",), runner.Team())
+    shared = replace(config, parallel=replace(config.parallel, share_gpus=True))
+    runner.refuse_processes(shared, ("finetune",), runner.Team())
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
     runner.refuse_processes(config, ("finetune",), runner.Team())

@@ -160,6 +160,19 @@ def test_two_gpus_over_nccl_give_what_one_gives(name, cases, one_gpu):
         assert_same(found, one_gpu[len(cases)])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("name", "cases"),
+    [(name, CASES) for name in LAYOUTS] + [(n, KERNEL_CASES) for n in ("tp2_sp", "ulysses2")],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}_cases",
+)
+def test_ranks_that_share_a_gpu_give_what_one_gives(name, cases, one_gpu):
+    layout = LAYOUTS[name] | {"share_gpus": True}
+    for found in run_world(layout["world"], measure, layout, cases, "cuda", gpu=True, timeout=300):
+        assert_same(found, one_gpu[len(cases)])
+
+
 def without_norm_sums(monkeypatched):
     """Each rank keeps the gradient of its own positions."""
     from pipeline.training import engine
