@@ -67,7 +67,11 @@ def measure(layout, cases, device="cpu", rows=4, heads=4, **changes):
         # Several groups of matrices, where one process has one.
         engine_module.GROUP_ELEMENTS = 5_000
     torch.backends.cuda.matmul.allow_tf32 = False
-    if device == "cuda" and cases != KERNEL_CASES:
+    shape = {"heads": heads}
+    if device == "cuda" and cases == KERNEL_CASES:
+        # The kernels know no smaller heads.
+        shape["head_dim"] = 64
+    elif device == "cuda":
         tiled_on_gpu(setattr)
     parallel = parallel_section(**layout)
     micro = {"rows_per_step": rows, "micro_batch_rows": rows_a_process(parallel, rows)}
@@ -75,7 +79,7 @@ def measure(layout, cases, device="cpu", rows=4, heads=4, **changes):
     found = {}
     for pattern, kv_heads in cases:
         with tempfile.TemporaryDirectory() as folder:
-            config = small_config(pattern, kv_heads, heads=heads)
+            config = small_config(pattern, kv_heads, **shape)
             trainer, _ = small_trainer(config, parallel, train, Path(folder), device)
             trainer.first = 0
             steps = [trainer.step(step, rows * step) for step in range(STEPS)]
