@@ -66,8 +66,11 @@ class Layout:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if not dist.is_initialized():
             # NCCL refuses two ranks on one GPU.
-            own_gpu = device.type == "cuda" and not parallel.share_gpus
-            deepspeed.init_distributed(dist_backend="nccl" if own_gpu else "gloo", verbose=False)
+            backend = "gloo" if device.type == "cpu" or parallel.share_gpus else "nccl"
+            if backend == "gloo":
+                # DeepSpeed would bind the group to the GPU, and gloo does not split such a one.
+                dist.init_process_group(backend)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
             atexit.register(deepspeed.comm.destroy_process_group)
         if not parallel_state.is_initialized():
             parallel_state.initialize_model_parallel(
