@@ -36,7 +36,9 @@ def check_eval(config: Config) -> None:
         "perplexity.documents",
     ):
         at_least(config, f"eval.{key}", 1)
-    if config.parallel.gpus_per_node % section.tensor:
+    # A layout is planned or measured whatever the evaluation would want.
+    evaluates = config.stage in ("chain", "evaluate")
+    if evaluates and config.parallel.gpus_per_node % section.tensor:
         legal = f"must divide parallel.gpus_per_node={config.parallel.gpus_per_node}"
         refuse("eval.tensor", section.tensor, legal, "set either")
     choice(config, "generate.model", ("base", "final"))

@@ -126,6 +126,67 @@ def test_the_128k_row_on_80_gb_is_as_measured():
     ]
 
 
+def test_before_and_after_is_as_measured():
+    measured = json.loads((RESULTS / "smollm2_before_after.json").read_text())["runs"]
+    before, after = measured["before"], measured["after"]
+    page = (ROOT / "docs/memory.md").read_text()
+    table = re.findall(r"^\| (\d) \| (1[\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.M)
+    assert table == [
+        (str(step), f"{a:.6f}", f"{b:.6f}", f"{s:.1f}", f"{t:.1f}")
+        for step, (a, b, s, t) in enumerate(
+            zip(
+                *(before["losses"], after["losses"]),
+                *(before["step_seconds"], after["step_seconds"]),
+                strict=True,
+            ),
+            start=1,
+        )
+    ]
+    apart = max(abs(a - b) for a, b in zip(before["losses"], after["losses"], strict=True))
+    told = re.search(r"differ by ([\d.e-]+) at most", page)
+    assert float(told[1]) == float(f"{apart:.1e}")
+    peaks = re.search(r"([\d.]+) GB of\s+the GPU became ([\d.]+) GB", page)
+    key = "device_peak_allocated_bytes"
+    assert list(peaks.groups()) == [f"{run[key] / 1e9:.1f}" for run in (before, after)]
+
+
+def test_layouts_on_one_gpu_are_as_measured():
+    with (RESULTS / "shared_gpu_h200.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    page = (ROOT / "docs/several_gpus.md").read_text()
+    found = r"^\| ([\d,]+) \| (one|two).* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
+    table = re.findall(found, page, re.M)
+    of_7b = [row for name, row in rows.items() if name.startswith("7b")]
+    peak = "device_peak_allocated_bytes"
+    taken = {name: int(row[peak]) / 1e9 for name, row in rows.items()}
+    assert table == [
+        (
+            f"{int(row['length']):,}",
+            {"1": "one", "2": "two"}[row["world"]],
+            row["first_loss"],
+            row["planned_allocated_gb"],
+            f"{taken[row['run']]:.1f}",
+        )
+        for row in of_7b
+    ]
+    for row in of_7b:
+        same = [other for other in of_7b if other["length"] == row["length"]]
+        assert abs(float(row["first_loss"]) - float(same[0]["first_loss"])) < 2e-3
+    page = " ".join(page.split())
+    assert f"took {taken['70b_tp2']:.1f} GB a rank" in page
+    assert f"tokens, {rows['70b_tp2']['planned_allocated_gb']} planned" in page
+    six, twelve = rows["70b_half_6"], rows["70b_half_12"]
+    seconds = [float(row["step_seconds"]) for row in (twelve, six)]
+    assert f"{seconds[0]:.2f} s a step with 12 layers and {seconds[1]:.2f} s with six" in page
+    planned = [float(row["planned_step_seconds"]) for row in (twelve, six)]
+    a_layer = [(of[0] - of[1]) / 6 for of in (seconds, planned)]
+    assert "so {:.2f} s a layer ({:.2f} planned)".format(*a_layer) in page
+    gb = [taken["70b_half_12"], taken["70b_half_6"]]
+    wanted = [float(row["planned_allocated_gb"]) for row in (twelve, six)]
+    a_layer = [(of[0] - of[1]) / 6 for of in (gb, wanted)]
+    assert "{:.2f} GB a layer ({:.2f} planned)".format(*a_layer) in page
+
+
 def test_the_soaks_figures_are_as_measured():
     text = " ".join((ROOT / "docs/slurm.md").read_text().split())
     measured = json.loads((RESULTS / "slurm_soak.json").read_text())

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
+from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from model import megatron_on_cpu
 from pipeline.manifest import StageError
 from pipeline.schema import ParallelSection
 
 
+@cache
+def _own_store() -> TCPStore:
+    """A store on a port that was free; it is held, lest another process take it meanwhile."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _stand_alone() -> None:
     """The environment of a one-process world, for a stage that no launcher started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK="0",
+        WORLD_SIZE="1",
+        LOCAL_RANK="0",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(_own_store().port),
+        # env:// then joins it, instead of opening another.
+        TORCHELASTIC_USE_AGENT_STORE=str(True),
     )
 
 

@@ -14,7 +14,14 @@ from pipeline.schema import register_defaults
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a launcher sets, or a process alone for itself.
-WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WORLD = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_USE_AGENT_STORE",
+)
 
 register_defaults()
 
