@@ -12,23 +12,28 @@ import torch
 import torch.distributed as dist
 
 from model.engine import Engine
-from model.engine_weights import ServingError, Shard, load_weights
+from model.engine_weights import Shard, load_weights
 from model.modeling_longgen import LongGenConfig
 from model.weights import WeightFolder
+from pipeline.manifest import StageError
 
 # Between two lines about how far the loading is.
 LOG_SECONDS = 15.0
 
 
 def join_ranks(device: torch.device) -> tuple[torch.device, Shard, dist.ProcessGroup | None]:
-    """(this process's device, its shard, the group), of all the processes that were started."""
+    """(this process's device, its shard, the group), of all the processes that were started.
+
+    Raises:
+        StageError: where this process has no GPU of its own.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return device, Shard(), None
     if device.type == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if index >= gpus:
-            raise ServingError(
+            raise StageError(
                 f"{size} processes on {gpus} CUDA GPUs: each needs its own, since "
                 "parallel.share_gpus is for training; start as many as there are GPUs"
             )

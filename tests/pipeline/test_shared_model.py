@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pipeline.manifest import StageError
 from pipeline.records import read_records
+from pipeline.serving import join_ranks
 from pipeline.stages import evaluate
 from tests.pipeline.evaluation_helpers import context, small_config, write_inputs
 from tests.training.worlds import run_world
@@ -74,6 +76,14 @@ def test_processes_that_cannot_be_teams_are_refused(tmp_path):
     run = replace(context(tmp_path, config_of(2), "evaluate"), size=3)
     with pytest.raises(StageError, match="eval.tensor=2: must divide the 3 processes"):
         evaluate.run(run)
+
+
+def test_a_served_model_s_ranks_share_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(StageError, match="2 processes on 1 CUDA GPUs: each needs its own"):
+        join_ranks(torch.device("cuda"))
 
 
 def test_a_folder_of_another_kind_cannot_be_shared(tmp_path):
