@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from pipeline import runner, workers
 from pipeline.workers import WorkersEnded, run_once, run_workers
-from tests.pipeline.running import ROOT, composed, fresh_logger
+from tests.pipeline.running import ROOT, WORLD, composed, fresh_logger
 
 # A worker without torch, which starts in no time: `act` with its rank, and the folder to write in.
 LIGHT = """
@@ -102,18 +103,15 @@ if __name__ == "__main__":
     # As with Hydra, the last of equal keys counts.
     sys.exit(runner.execute(composed(*sys.argv[1:]), sys.argv))
 """
-# What a launcher sets, or a process alone for itself.
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 @pytest.fixture(autouse=True)
 def _not_launched(monkeypatch):
     """A Layout of this process alone leaves a launcher's environment behind."""
-    for key in LAUNCHED:
+    for key in (*WORLD, "OMP_NUM_THREADS"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(workers, "GRACE", 0.3)
-    monkeypatch.setattr(workers, "CLOSE", 0.5)
     handlers = {number: signal.getsignal(number) for number in workers.TAKEN}
     yield
     assert handlers == {number: signal.getsignal(number) for number in workers.TAKEN}
@@ -131,6 +129,13 @@ def alive(pid: int) -> bool:
         return False
 
 
+def told(pid: int) -> str:
+    """What is known of a process that should be gone: its state and where in the kernel it is."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text() + Path(f"/proc/{pid}/wchan").read_text()
+    return f"{pid}, ended meanwhile"
+
+
 def until(true, seconds=30.0):
     end = time.monotonic() + seconds
     while not true():
@@ -139,7 +144,10 @@ def until(true, seconds=30.0):
 
 
 def gone(processes):
-    until(lambda: not [pid for pid in processes if alive(pid)], 3)
+    end = time.monotonic() + 3
+    while left := [told(pid) for pid in processes if alive(pid)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.02)
 
 
 def pids(folder):

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from tests.pipeline.running import WORLD
+
 # In a Debian system: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo", "scancel")
 # Seconds that a daemon has to answer, and to end.
@@ -25,15 +27,6 @@ START, END = 20, 10
 LONGEST = 600
 POLL = 0.1
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
-# Of a launcher's world, and of an outer Slurm job, nothing may reach the jobs.
-FOREIGN = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
 
 
 def why_not() -> str | None:
@@ -89,7 +82,8 @@ class Cluster:
         kept = {
             key: value
             for key, value in os.environ.items()
-            if key not in FOREIGN and not key.startswith(("SLURM", "SBATCH", "SRUN"))
+            # Of a launcher's world, and of an outer Slurm job, nothing may reach the jobs.
+            if key not in WORLD and not key.startswith(("SLURM", "SBATCH", "SRUN"))
         }
         self.env = kept | {"PATH": _path(), "SLURM_CONF": str(self.conf)}
         self._daemons: dict[str, subprocess.Popen] = {}
