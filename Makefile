@@ -9,13 +9,14 @@ INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # The tests of a file share fixtures, and processes that wait for each other leave a core idle.
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-base test test-all lint clean
+.PHONY: help setup demo demo-base test test-all test-gpu lint clean
 
 help:
 	@echo "make demo      the claim on two cores in minutes, beside a control, as a report page"
 	@echo "make demo-base its base, pretrained anew (3 minutes of an H100)"
 	@echo "make test      the tests"
 	@echo "make test-all  soaks and long fuzz runs too"
+	@echo "make test-gpu  the tests that run on a GPU (8 minutes on one)"
 	@echo "make lint      ruff"
 	@echo "make clean     the virtual environment and the caches; outputs/ stays"
 	@echo
@@ -48,6 +49,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest $(TWO_AT_ONCE)
+
+# Kernels are compiled on the CPU: several processes share the GPU. The longest tests begin first.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -v -n 8 --dist worksteal -m "gpu and not slow" --durations=20 \
+	  tests/pipeline tests/training tests/model tests/kernels
 
 lint: $(READY)
 	$(BIN)/ruff check .

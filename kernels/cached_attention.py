@@ -6,25 +6,41 @@ Shapes: B rows, L new tokens, N query heads, G KV heads, R = N / G, P heads whos
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import logging
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from .call import DTYPES
+from .hardware import triton_failure
 from .pattern import Pattern
+
+log = logging.getLogger("longgen.kernels")
 
 # Entries of the mask of one tile of queries, where torch attends: bounds its memory.
 MASK_ENTRIES = 2**25
 
 
+@cache
+def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why decode.py and chunk.py cannot run on such queries; None where they can. Logged once."""
+    reason = triton_failure(device, dtype)
+    if reason is None:
+        from .cached import HEAD_DIMS
+
+        if head_dim not in HEAD_DIMS:
+            reason = f"head dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+        elif dtype not in DTYPES:
+            reason = f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if reason is not None and device.type == "cuda":
+        log.warning("attention over a cache on cuda run by PyTorch, slowly (triton: %s)", reason)
+    return reason
+
+
 def kernels_serve(q_BLNH: torch.Tensor) -> bool:
     """Whether decode.py and chunk.py take such queries."""
-    if not q_BLNH.is_cuda or find_spec("triton") is None:
-        return False
-    from .cached import HEAD_DIMS
-
-    return q_BLNH.shape[-1] in HEAD_DIMS and q_BLNH.dtype in DTYPES
+    return _unsupported(q_BLNH.device, q_BLNH.dtype, q_BLNH.shape[-1]) is None
 
 
 def cached_attention(

@@ -36,6 +36,7 @@ from .dense_backends import (
     torch_flash_backward,
     torch_flash_continue,
 )
+from .hardware import cuda_capability
 
 log = logging.getLogger("longgen.kernels")
 
@@ -103,7 +104,7 @@ class DenseBackend:
     def unmet(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """What this backend lacks to serve such inputs; None where it lacks nothing."""
         if self.majors is not None:
-            found = _capability(device)
+            found = cuda_capability(device)
             if found is None:
                 return f"needs a CUDA GPU; the inputs are on {device.type}"
             if found[0] not in self.majors:
@@ -188,14 +189,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability; None on a CPU and on GPUs of another make, whose numbers mean others."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def _import_error(module: str) -> str | None:
     try:
         import_module(module)
@@ -232,7 +225,7 @@ def choose(
 
 
 @cache
-def _say_once(backend: str, device: str, passed: tuple[tuple[str, str], ...]) -> None:
+def _log_once(backend: str, device: str, passed: tuple[tuple[str, str], ...]) -> None:
     over = "; ".join(f"{name} {reason}" for name, reason in passed)
     log.info("full layers on %s run by %s%s", device, backend, f" ({over})" if over else "")
 
@@ -255,7 +248,7 @@ def _chosen(q_TNH: torch.Tensor, bounds: tuple[int, ...], name: str | None) -> D
         return _named(name, q_TNH)
     chosen, passed = choose(q_TNH.device, q_TNH.dtype, q_TNH.shape[-1], len(bounds) - 1)
     # On a CPU there is nothing to miss.
-    _say_once(chosen.name, q_TNH.device.type, tuple(passed.items()) if q_TNH.is_cuda else ())
+    _log_once(chosen.name, q_TNH.device.type, tuple(passed.items()) if q_TNH.is_cuda else ())
     return chosen
 
 

@@ -15,6 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .call import Call, on_device
 from .far_keys import add_far_keys
+from .hardware import cuda_capability, triton_failure
 from .hopper_backward import hopper_bwd_window_kernel
 from .hopper_far_dkv import hopper_bwd_far_dkv_kernel
 from .hopper_far_dq import hopper_bwd_far_dq_kernel
@@ -41,38 +42,34 @@ MOST = 2**30
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def supports(q_TNH: torch.Tensor, call: Call) -> str | None:
-    """None, or why this path cannot run the call, with the remedy."""
+    """None, or why this path cannot run the call."""
     pattern = call.pattern
-    other = "pass backend='triton'"
-    if q_TNH.device.type != "cuda" or _capability(q_TNH.device) != (9, 0):
-        return f"{q_TNH.device} is not a Hopper GPU (compute capability 9.0); {other}"
+    if cuda_capability(q_TNH.device) != (9, 0):
+        return f"{q_TNH.device} is not a Hopper GPU (compute capability 9.0)"
+    if failure := triton_failure(q_TNH.device, q_TNH.dtype):
+        return failure
     if q_TNH.dtype not in (torch.bfloat16, torch.float16) or q_TNH.shape[2] not in HEAD_DIMS:
         legal = ", ".join(str(dim) for dim in HEAD_DIMS)
         return (
             f"{q_TNH.dtype} with head dim {q_TNH.shape[2]}: must be bfloat16 or float16 with head "
-            f"dim {legal}; {other}"
+            f"dim {legal}"
         )
     if pattern.window < TILE or pattern.sink_tokens % BOX or pattern.sink_tokens > MOST:
         return (
             f"window={pattern.window}, sink_tokens={pattern.sink_tokens}: must be at least {TILE}, "
-            f"and a multiple of {BOX} up to {MOST}; {other}"
+            f"and a multiple of {BOX} up to {MOST}"
         )
     blocks_fit = pattern.block % BOX == 0 and pattern.sink_tokens % pattern.block == 0
     blocks_fit = blocks_fit and pattern.block * (pattern.stride or 1) <= MOST
     if pattern.stride is not None and not blocks_fit:
         return (
             f"block={pattern.block} with stride={pattern.stride}: must be a multiple of {BOX} that "
-            f"divides sink_tokens={pattern.sink_tokens}, times the stride at most {MOST}; {other}"
+            f"divides sink_tokens={pattern.sink_tokens}, times the stride at most {MOST}"
         )
     return None
 

@@ -11,12 +11,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .hardware import triton_failure
+
+
+def _kernels_serve(x: torch.Tensor) -> bool:
+    return triton_failure(x.device, x.dtype) is None
+
 
 def add_rms_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """x += delta, in place; x / rms(x) in float32, then times the weight in x's dtype: [T, D]."""
-    if x_TD.is_cuda:
+    if _kernels_serve(x_TD):
         from . import pointwise_kernels
 
         return pointwise_kernels.add_rms_norm(x_TD, delta_TD, weight_D, eps)
@@ -29,7 +35,7 @@ def add_rms_norm(
 
 def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [T, 2 F], gate before up: [T, F]."""
-    if gate_up_TF.is_cuda:
+    if _kernels_serve(gate_up_TF):
         from . import pointwise_kernels
 
         return pointwise_kernels.swiglu(gate_up_TF)
@@ -54,7 +60,7 @@ def rotate_and_store(
             B = T each token has a row of its own, with B = 1 all have that one.
         slots_PT: int64; -1 for what is not stored. No two of a row may be the same.
     """
-    if qkv_TC.is_cuda:
+    if _kernels_serve(qkv_TC):
         from . import pointwise_kernels
 
         pointwise_kernels.rotate_and_store(
@@ -70,7 +76,8 @@ def rotate_and_store(
         left, right = turned.float().chunk(2, dim=-1)
         turned.copy_(torch.cat((left * cos - right * sin, right * cos + left * sin), -1))
     if cached_BGSH is not None:
-        rows = torch.arange(tokens) if cached_BGSH[0].shape[0] == tokens else torch.zeros(tokens)
+        each = cached_BGSH[0].shape[0] == tokens
+        rows = (torch.arange if each else torch.zeros)(tokens, device=qkv_TC.device)
         slots = slots_PT.expand(kv_heads, -1)
         head, token = (slots >= 0).nonzero(as_tuple=True)
         for held, first in zip(cached_BGSH, (heads, heads + kv_heads), strict=True):

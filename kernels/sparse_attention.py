@@ -13,12 +13,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from .call import Call, check_heads, check_tensors, host_bounds, register_operator
 from .dense import dense_attention, dense_attention_gradients
+from .hardware import cuda_capability
 from .pattern import Pattern
 
 log = logging.getLogger("longgen.kernels")
@@ -28,7 +28,7 @@ log = logging.getLogger("longgen.kernels")
 class Backend:
     """How one backend runs a call.
 
-    supports(q, call) -> None, or the reason why not, with the remedy.
+    supports(q, call) -> None, or the reason why not.
     forward(q, k, v, call) -> (out [T, N, H], natural-log LSE [N, T] float32).
     backward(q, k, v, out, lse, d_out, d_lse or None, call) -> (dq, dk, dv).
     Tensors may be views whose last dim is not contiguous; what is returned is contiguous.
@@ -59,42 +59,65 @@ def _tiled() -> Backend:
 
 # Loaded when first used: an export folder runs where there is no Triton.
 BACKENDS = {"hopper": _hopper, "triton": _triton, "tiled": _tiled}
-# By kind of device, the fastest first: the first one that supports the call runs it. Elsewhere, and
-# where there is no Triton, that is the tiled one.
-TILED = ("tiled",)
+# By kind of device, the fastest first: the first one that supports the call runs it. The tiled one
+# supports every call on every device.
+TILED = "tiled"
 FASTEST = {"hopper": ("hopper", "triton"), "cuda": ("triton",)}
 
 
 @cache
-def _say_once(backend: str, device: str) -> None:
-    log.info("sparse layers on %s run by %s", device, backend)
+def _log_once(backend: str, device: str, passed: tuple[str, ...]) -> None:
+    over = f" ({'; '.join(passed)})" if passed else ""
+    # On a GPU the tiled path is many times slower than a kernel.
+    slow = backend == TILED and device == "cuda"
+    log.log(
+        logging.WARNING if slow else logging.INFO,
+        "sparse layers on %s run by %s%s%s",
+        device,
+        backend,
+        over,
+        ", in PyTorch, slowly" if slow else "",
+    )
 
 
-def _fastest(device: torch.device) -> tuple[str, ...]:
-    """FASTEST of the device's kind: a CUDA GPU of compute capability 9.0 is a Hopper one."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    has_triton = find_spec("triton") is not None
-    return FASTEST.get("hopper" if hopper else device.type, TILED) if has_triton else TILED
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends for this kind of device, the fastest first."""
+    kind = "hopper" if cuda_capability(device) == (9, 0) else device.type
+    return (*FASTEST.get(kind, ()), TILED)
+
+
+def _unsupported(name: str, q_TNH: torch.Tensor, call: Call) -> str | None:
+    """Why the named backend cannot run the call; None where it can."""
+    try:
+        backend = BACKENDS[name]()
+    except ImportError as error:
+        return f"does not import ({error})"
+    return backend.supports(q_TNH, call)
 
 
 def _choose(q_TNH: torch.Tensor, call: Call, name: str | None) -> Backend:
     """The backend of that name, or the fastest that supports the call.
 
     Raises:
-        ValueError: where none does, or not the named one.
+        ValueError: where the named one does not.
     """
-    if name is not None and name not in BACKENDS:
-        legal = ", ".join(BACKENDS)
-        raise ValueError(f"backend={name!r}: must be one of {legal} or None for the fastest")
-    reasons = []
-    for candidate in _fastest(q_TNH.device) if name is None else (name,):
-        backend = BACKENDS[candidate]()
-        reason = backend.supports(q_TNH, call)
+    if name is not None:
+        if name not in BACKENDS:
+            legal = ", ".join(BACKENDS)
+            raise ValueError(f"backend={name!r}: must be one of {legal} or None for the fastest")
+        reason = _unsupported(name, q_TNH, call)
+        if reason is not None:
+            raise ValueError(f"backend={name!r}: {reason}; pass backend=None for one that runs")
+        _log_once(name, q_TNH.device.type, ())
+        return BACKENDS[name]()
+    passed = []
+    for candidate in _candidates(q_TNH.device):
+        reason = _unsupported(candidate, q_TNH, call)
         if reason is None:
-            _say_once(candidate, q_TNH.device.type)
-            return backend
-        reasons.append(f"backend={candidate!r}: {reason}")
-    raise ValueError("; ".join(reasons))
+            break
+        passed.append(f"{candidate}: {reason}")
+    _log_once(candidate, q_TNH.device.type, tuple(passed))
+    return BACKENDS[candidate]()
 
 
 def _attend_fwd(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .call import Call, on_device
+from .hardware import triton_failure
 from .pattern import Pattern
 from .sparse_backward import (
     sparse_attention_bwd_delta_kernel,
@@ -83,17 +84,15 @@ def far_splits(tiles: int, heads: int, tokens: int) -> int:
 
 
 def supports(q_TNH: torch.Tensor, call: Call) -> str | None:
-    """None, or why this path cannot run the call, with the remedy."""
-    if q_TNH.device.type != "cuda" and not INTERPRETED:
-        return (
-            f"tensors are on {q_TNH.device}, not on a CUDA GPU; move them or pass backend='tiled'"
-        )
+    """None, or why this path cannot run the call."""
+    if not INTERPRETED and (failure := triton_failure(q_TNH.device, q_TNH.dtype)):
+        return failure
     if q_TNH.shape[2] not in HEAD_DIMS:
         legal = ", ".join(str(dim) for dim in HEAD_DIMS)
-        return f"head dim {q_TNH.shape[2]} is not one of {legal}; pass backend='tiled'"
+        return f"head dim {q_TNH.shape[2]} is not one of {legal}"
     period = call.pattern.block * (call.pattern.stride or 1)
     if period >= 2**31:
-        return f"block * stride = {period} is not below 2^31; pass backend='tiled'"
+        return f"block * stride = {period} is not below 2^31"
     return None
 
 

@@ -12,6 +12,8 @@ from functools import cache, wraps
 import torch
 import torch.nn.functional as F
 
+from kernels.hardware import triton_failure
+
 from .rope import rotate
 
 
@@ -21,12 +23,15 @@ def _compiled(function: Callable) -> Callable:
 
 
 def fused_on_gpu(function: Callable) -> Callable:
-    """The function, compiled where its first argument is on a CUDA GPU; compiled at its first call
-    there, and once more for sizes that change."""
+    """The function, compiled where its first argument is on a CUDA GPU and Triton works there.
+
+    It is compiled at its first call, and once more for sizes that change.
+    """
 
     @wraps(function)
     def run(x: torch.Tensor, *rest):
-        return (_compiled(function) if x.is_cuda else function)(x, *rest)
+        serves = x.is_cuda and triton_failure(x.device, x.dtype) is None
+        return (_compiled(function) if serves else function)(x, *rest)
 
     return run
 

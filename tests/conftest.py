@@ -11,6 +11,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as `gpu` what runs on the GPU here by its module's DEVICE; skip what lacks GPUs."""
+    gpus = torch.cuda.device_count()
+    for item in items:
+        if str(getattr(item.module, "DEVICE", "")).startswith("cuda"):
+            item.add_marker("gpu")
+        needed = 2 if item.get_closest_marker("multigpu") else 1
+        if gpus < needed and (needed == 2 or item.get_closest_marker("gpu")):
+            reason = "needs two CUDA GPUs" if needed == 2 else "needs a CUDA GPU"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Models here are small, and two workers share two cores."""

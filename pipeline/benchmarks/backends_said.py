@@ -28,7 +28,7 @@ class BackendsSaid(logging.Handler):
     def __enter__(self) -> BackendsSaid:
         for module in self.SPEAKERS:
             # Each is said once in a process, but every case wants to know.
-            module._say_once.cache_clear()
+            module._log_once.cache_clear()
             module.log.addHandler(self)
         return self
 

@@ -36,7 +36,6 @@ def test_cpu_matches_reference_in_half_precision(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", [None, "tiled"])
 @pytest.mark.parametrize("documents", [[1111], [700, 1, 1347]], ids=str)
 @pytest.mark.parametrize("name", ["sinks_window", "per_head"])
@@ -47,31 +46,39 @@ def test_gpu_matches_reference(name, documents, backend):
 
 def test_the_backend_that_ran_is_said_once(caplog):
     q, k, v, *_, bounds = make_inputs([10], 2, 1, 8)
-    kernels.sparse_attention._say_once.cache_clear()
+    kernels.sparse_attention._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "longgen.kernels"):
         for _ in range(2):
             sparse_attention(q, k, v, Pattern(), bounds)
     assert [record.message for record in caplog.records] == ["sparse layers on cpu run by tiled"]
 
 
-def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch):
-    """As a faster one that takes some calls only is passed over for the rest."""
+def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch, caplog):
+    """A faster one that supports some calls only is skipped for others; the log says why."""
     made, said = kernels.sparse_attention.BACKENDS["tiled"](), []
 
     def refuses(q, call):
         said.append(call)
-        return None if call.pattern.window > 9 else "windows above 9 only; pass backend='tiled'"
+        return None if call.pattern.window > 9 else "windows above 9 only"
 
     table = kernels.sparse_attention
     picky = table.Backend(refuses, lambda *a: (a[0] * 0, a[0].new_zeros(2, 10)), made.backward)
     monkeypatch.setitem(table.BACKENDS, "picky", lambda: picky)
-    monkeypatch.setitem(table.FASTEST, "cpu", ("picky", "tiled"))
+    monkeypatch.setitem(table.FASTEST, "cpu", ("picky",))
+    table._log_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("longgen"), "propagate", True)
     q, k, v, *_, bounds = make_inputs([10], 2, 1, 8)
-    assert not sparse_attention(q, k, v, Pattern(window=10), bounds).any()
-    assert sparse_attention(q, k, v, Pattern(window=9), bounds).any()
+    with caplog.at_level(logging.INFO, "longgen.kernels"):
+        assert not sparse_attention(q, k, v, Pattern(window=10), bounds).any()
+        assert sparse_attention(q, k, v, Pattern(window=9), bounds).any()
+        assert sparse_attention(q, k, v, Pattern(window=9), bounds).any()
+    assert caplog.messages == [
+        "sparse layers on cpu run by picky",
+        "sparse layers on cpu run by tiled (picky: windows above 9 only)",
+    ]
     assert [(c.bounds, c.first_kv_head, c.total_kv_heads, c.scale) for c in said] == [
         ((0, 10), 0, 1, 8**-0.5)
-    ] * 2
+    ] * 3
     with pytest.raises(ValueError, match="backend='picky': windows above 9 only; pass backend"):
         sparse_attention(q, k, v, Pattern(window=9), bounds, backend="picky")
 

@@ -19,8 +19,6 @@ from tests.kernels.over_slots import (
     tensors,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 
 def positions(pattern, new_tokens, kv_heads, cached, seed=0):
     """Two rows, their cached keys (a fifth empty) and then the chunk's, one row padded."""
@@ -226,7 +224,6 @@ def test_torch_compile_sees_both_ops():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", ["full", "window", "strided", "per_head"])
 @pytest.mark.parametrize(
     ("new_tokens", "heads", "kv_heads", "head_dim"),

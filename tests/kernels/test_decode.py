@@ -18,7 +18,6 @@ from tests.kernels.over_slots import (
 )
 
 SHARD = {"first_kv_head": FIRST, "total_kv_heads": TOTAL}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def positions(pattern, new_tokens, kv_heads, slots, seed=0, dtype=torch.int64):
@@ -209,7 +208,6 @@ def test_every_number_of_queries_has_settings():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("name", ["full", "window", "strided", "per_head"])
 @pytest.mark.parametrize(
     ("new_tokens", "heads", "kv_heads", "head_dim"),
@@ -230,7 +228,6 @@ def test_large_on_the_gpu(name, new_tokens, heads, kv_heads, head_dim):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_one_compilation_and_one_graph_serve_a_growing_cache():
     capacity = 3000
     q, k, v = tensors(1, 1, 8, 2, capacity, 128, torch.bfloat16)

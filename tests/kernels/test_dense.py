@@ -160,7 +160,7 @@ def machine(monkeypatch):
 
     def pretend(capability, modules=()):
         monkeypatch.setattr(
-            dense, "_capability", lambda device: capability if device.type == "cuda" else None
+            dense, "cuda_capability", lambda device: capability if device.type == "cuda" else None
         )
         monkeypatch.setattr(
             dense, "_import_error", lambda name: None if name in modules else f"needs {name}"
@@ -251,7 +251,7 @@ def test_flash_attn_4_alone_does_not_pass_for_flash_attn_2(tmp_path, monkeypatch
 
 def test_which_backend_ran_is_said_once(caplog):
     q, k, v, _, bounds = inputs([8, 8], 2, 2, 8, torch.float32)
-    dense._say_once.cache_clear()
+    dense._log_once.cache_clear()
     # A run's own logger may have been set up before, and then hands nothing on.
     logger = logging.getLogger("longgen")
     before, logger.propagate = logger.propagate, True
@@ -293,7 +293,7 @@ def test_refusals(machine):
 
 def test_what_is_passed_over_on_a_gpu_is_said(machine, caplog):
     machine((9, 0))
-    dense._say_once.cache_clear()
+    dense._log_once.cache_clear()
     q = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(10, 4, 128), is_cuda=True)
     with caplog.at_level(logging.INFO, "longgen.kernels"):
         assert dense._chosen(q, (0, 10), None).name == "cudnn"

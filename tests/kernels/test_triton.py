@@ -22,7 +22,6 @@ from tests.kernels.cases import (
     small_tiles,
 )
 
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
 LONG = {
     "sinks_window": Pattern(sink_tokens=64, window=256, block=64),
     "odd": Pattern(sink_tokens=5, window=333, block=24, stride=7),
@@ -233,7 +232,6 @@ def test_no_length_is_compiled_in():
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_no_length_compiles_again():
     def compiled():
         modules = (kernels.sparse_forward, kernels.sparse_backward)
@@ -258,7 +256,6 @@ def test_no_length_compiles_again():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("lengths", [[1111], [700, 1, 1347], [64, 64, 1920]], ids=str)
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 128), (8, 1, 80)])
@@ -268,7 +265,6 @@ def test_large_shapes(name, lengths, heads, kv_heads, head_dim):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_addresses_beyond_32_bits():
     """T * N * H above 2^31: the last document alone gives what it gives after all the others."""
     tokens = 2**31 // (32 * 128) + 1000

@@ -16,7 +16,6 @@ from tests.training.worlds import run_world
 
 CPU, DEVICE = torch.device("cpu"), "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 
 
 def difference(found, expected):
@@ -260,7 +259,6 @@ def test_by_the_kernels(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("batch", [1, 3])
@@ -288,7 +286,6 @@ def test_a_graph_decodes_as_no_graph_does(name, dtype, batch):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_generate_on_a_gpu_is_greedy_and_stops():
     wide = {"head_dim": 64, "hidden_size": 128, "intermediate_size": 256}
     hybrid = small_model(PATTERNS["per_head"], **wide).to("cuda")

@@ -17,7 +17,6 @@ from model.kept import KeptTensors
 LAYERS = 5
 SHAPE = (6, 2, 4)
 BYTES = 6 * 2 * 4 * 4
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 MEGABYTES_64 = (2**24,)
 
 
@@ -96,7 +95,7 @@ class Rest(torch.autograd.Function):
         return grad + grad * out, grad * hidden, None
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("offload", [False, True])
 def test_gradients_are_autograds(offload, device):
     kept = KeptTensors(offload)
@@ -187,7 +186,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, ON_GPU])])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("offload", [False, True])
 def test_shapes_strides_and_dtypes(offload, device):
     kept = KeptTensors(offload)
@@ -357,7 +356,6 @@ def garbage_in_freed_memory():
 
 
 @pytest.mark.gpu
-@ON_GPU
 @pytest.mark.parametrize("late", ["compute", "copies", "nothing"])
 def test_gpu_values_whoever_is_late(late):
     """12 layers of 64 MB, three steps, the second dies half way; freed memory is overwritten."""
@@ -399,7 +397,6 @@ def test_gpu_values_whoever_is_late(late):
 
 
 @pytest.mark.gpu
-@ON_GPU
 @pytest.mark.parametrize("offload", [False, True])
 def test_gpu_memory(offload):
     """Four tensors at once: the one made or read, the one before it, and two near ones."""

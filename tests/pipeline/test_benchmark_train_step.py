@@ -362,7 +362,6 @@ def one_rank(folder, more):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_memory_and_mfu_are_measured(tmp_path):
     memory = "train.recompute=attention", "train.offload_activations=true"
     more = ("device=cuda", "train.precision=bf16", "model.head_dim=64", *memory)

@@ -140,7 +140,6 @@ def test_recomputation_changes_nothing(name, memory, one_process):
         assert_same(found, {case: one_process[case] for case in cases})
 
 
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 TWO_PROCESSES = [name for name, layout in LAYOUTS.items() if layout["world"] == 2]
 
 
@@ -153,7 +152,6 @@ def one_gpu():
 
 
 @pytest.mark.multigpu
-@needs_two_gpus
 @pytest.mark.parametrize(
     ("name", "cases"),
     [(name, CASES) for name in TWO_PROCESSES] + [(n, KERNEL_CASES) for n in ("tp2_sp", "ulysses2")],
@@ -165,7 +163,6 @@ def test_two_gpus_over_nccl_give_what_one_gives(name, cases, one_gpu):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
     ("name", "cases"),
     [(name, CASES) for name in LAYOUTS] + [(n, KERNEL_CASES) for n in ("tp2_sp", "ulysses2")],

@@ -15,7 +15,7 @@ from tests.training.small_training import (
     small_trainer,
     train_losses,
 )
-from tests.training.test_layouts import needs_two_gpus, tiled_on_gpu
+from tests.training.test_layouts import tiled_on_gpu
 from tests.training.worlds import run_world
 
 CASE = ("per_head", 2)
@@ -127,7 +127,6 @@ ON_TWO_GPUS = ("tp2", "ulysses2", "zero3")
 
 
 @pytest.mark.multigpu
-@needs_two_gpus
 def test_two_gpus_continue_what_any_layout_saved(tmp_path):
     found = {}
     for name in ON_TWO_GPUS:

@@ -1,0 +1,89 @@
+"""Every shipped recipe that fits one GPU: training, export, evaluation and an answer, there.
+
+Three steps on a sample, by the recipe's own shape, pattern, precision and row length; alone and as
+two ranks that share the GPU. Only what would be fetched is replaced: weights are random and text is
+the standard library's, a folder a document.
+"""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.records import read_records
+from tests.pipeline.running import ROOT, alone
+
+pytestmark = pytest.mark.gpu
+SAMPLE = "data.sources=[{name: sample, path: stdlib, format: directory, glob: '**/*.py'}]"
+# Of every recipe.
+FEWER = (
+    "train.steps=3",
+    "train.validation_rows=2",
+    "train.save_every=2",
+    "train.log_every=1",
+    "eval.perplexity.documents=1",
+    "eval.niah.samples=1",
+    "eval.niah.depths=[50]",
+    "wandb.mode=disabled",
+    "device=cuda",
+)
+SMOLLM2 = (SAMPLE, "model.source=random", "model.vocab_size=2048", "data.held_out_tokens=100_000")
+# Recipe -> what takes the place of its weights and text.
+RECIPES = {
+    "tiny": (),
+    "demo": (),
+    "demo_full": (),
+    "demo_window": (),
+    "demo_base": ("data.tokens=1_000_000",),
+    "smollm2_smoke": (*SMOLLM2, "data.tokens=200_000"),
+    "smollm2_32k": (*SMOLLM2, "data.tokens=900_000"),
+    "smollm2_32k_full": (*SMOLLM2, "data.tokens=900_000"),
+    "smollm2_32k_window": (*SMOLLM2, "data.tokens=900_000"),
+}
+RANKS = {"alone": (), "shared": ("parallel.gpus_per_node=2", "parallel.share_gpus=true")}
+# Relative, between the losses of one rank and of two: bf16 rounds what the ranks add up.
+BOUND = 2e-3
+
+
+def run(*keys: str) -> str:
+    """stdout of one command.
+
+    Raises:
+        AssertionError: where it fails, with the end of what it printed.
+    """
+    command = [sys.executable, str(ROOT / "pipeline/run.py"), *keys]
+    ended = subprocess.run(command, capture_output=True, text=True, env=alone(), timeout=400)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
+    assert "Traceback" not in ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def losses(folder) -> list[float]:
+    """Training's, step by step, and the held-out ones."""
+    return [record["loss"] for record in read_records(folder / "finetune/metrics.jsonl")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_on_a_gpu(recipe, tmp_path):
+    found = {}
+    for name, ranks in RANKS.items():
+        keys = (f"experiment={recipe}", f"outputs={tmp_path}", f"variant={name}")
+        keys += (*FEWER, *RECIPES[recipe])
+        run(*keys, *ranks)
+        folder = tmp_path / recipe / name
+        found[name] = losses(folder)
+        assert all(map(math.isfinite, found[name]))
+        records = read_records(folder / "evaluate/records.jsonl")
+        assert {(r["model"], r["task"]) for r in records} >= {
+            (model, task) for model in ("base", "final") for task in ("perplexity", "niah")
+        }
+        run(
+            *keys, *ranks, "stage=generate", "generate.prompt=def main", "generate.max_new_tokens=8"
+        )
+        answer = json.loads((folder / "generate/generate.json").read_text())
+        assert answer["new_tokens"] >= 1
+    steps = [record["step"] for record in read_records(folder / "finetune/metrics.jsonl")]
+    assert max(steps) == 3
+    assert found["shared"] == pytest.approx(found["alone"], rel=BOUND)
