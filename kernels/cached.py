@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import DTYPES, check_heads
+from .call import DTYPES, check_heads, triton_head_dim_failure
 from .pattern import Pattern
 
-HEAD_DIMS = (64, 80, 96, 128)
 POSITION_DTYPES = (torch.int32, torch.int64)
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -93,11 +92,8 @@ def check_shapes(
             f"q {shapes[0]}, k {shapes[1]}, v {shapes[2]}: must be [B, L, N, H], [B, G, S, H], "
             "[B, G, S, H], none of them empty, with N a multiple of G; check the head counts"
         )
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(
-            f"head dim {head_dim}: must be one of {', '.join(map(str, HEAD_DIMS))}; "
-            "use torch's scaled_dot_product_attention for others"
-        )
+    if failure := triton_head_dim_failure(head_dim):
+        raise ValueError(f"{failure}; use cached_attention, which falls back to PyTorch")
     dtypes, devices = (
         {getattr(x, a) for x in (q_BLNH, k_BGSH, v_BGSH)} for a in ("dtype", "device")
     )

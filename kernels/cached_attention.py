@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .call import DTYPES
+from .call import DTYPES, triton_head_dim_failure
 from .hardware import triton_failure
 from .pattern import Pattern
 
@@ -25,14 +25,9 @@ MASK_ENTRIES = 2**25
 @cache
 def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why decode.py and chunk.py cannot run on such queries; None where they can. Logged once."""
-    reason = triton_failure(device, dtype)
-    if reason is None:
-        from .cached import HEAD_DIMS
-
-        if head_dim not in HEAD_DIMS:
-            reason = f"head dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-        elif dtype not in DTYPES:
-            reason = f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
+    reason = triton_failure(device, dtype) or triton_head_dim_failure(head_dim)
+    if reason is None and dtype not in DTYPES:
+        reason = f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
     if reason is not None and device.type == "cuda":
         log.warning("attention over a cache on cuda run by PyTorch, slowly (triton: %s)", reason)
     return reason

@@ -14,6 +14,9 @@ import torch
 from .pattern import Pattern
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Head dims of the Triton kernels: whole vectors of 16 bytes in half precision, at least a tensor
+# core's 16 columns, at most what a tile of shared memory holds.
+DIM_STEP, MIN_DIM, MAX_DIM = 8, 16, 128
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,13 @@ def check_tensors(
             f"cu_seqlens is {found}: must be a torch.int32 tensor [documents + 1]; pass "
             "torch.tensor([0, ...], dtype=torch.int32)"
         )
+
+
+def triton_head_dim_failure(head_dim: int) -> str | None:
+    """Return why the Triton kernels cannot take this head dim; None where they can."""
+    if head_dim % DIM_STEP == 0 and MIN_DIM <= head_dim <= MAX_DIM:
+        return None
+    return f"head dim {head_dim} is not a multiple of {DIM_STEP} from {MIN_DIM} to {MAX_DIM}"
 
 
 def check_heads(kv_heads: int, first_kv_head: int, total_kv_heads: int) -> None:

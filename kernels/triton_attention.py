@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import Call, on_device
+from .call import Call, on_device, triton_head_dim_failure
 from .hardware import triton_failure
 from .pattern import Pattern
 from .sparse_backward import (
@@ -23,7 +23,6 @@ from .sparse_backward import (
 )
 from .sparse_forward import sparse_attention_fwd_kernel
 
-HEAD_DIMS = (64, 80, 96, 128)
 # Programs among which the far queries are split, and the fewest queries of one.
 FAR_PROGRAMS, FAR_QUERIES = 1024, 1024
 # With TRITON_INTERPRET=1 kernels run as Python, on the CPU.
@@ -87,9 +86,8 @@ def supports(q_TNH: torch.Tensor, call: Call) -> str | None:
     """None, or why this path cannot run the call."""
     if not INTERPRETED and (failure := triton_failure(q_TNH.device, q_TNH.dtype)):
         return failure
-    if q_TNH.shape[2] not in HEAD_DIMS:
-        legal = ", ".join(str(dim) for dim in HEAD_DIMS)
-        return f"head dim {q_TNH.shape[2]} is not one of {legal}"
+    if failure := triton_head_dim_failure(q_TNH.shape[2]):
+        return failure
     period = call.pattern.block * (call.pattern.stride or 1)
     if period >= 2**31:
         return f"block * stride = {period} is not below 2^31"

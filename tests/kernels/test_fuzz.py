@@ -17,6 +17,7 @@ LARGEST = 128 if ON_GPU else 32
 TILE_K = 64 if ON_GPU else 16
 # Not every pair: on a GPU each is compiled.
 KINDS = [
+    (32, torch.float32),
     (64, torch.float32),
     (64, torch.bfloat16),
     (80, torch.float16),
@@ -90,7 +91,7 @@ def test_the_cases_cover_what_they_should():
     assert any(p.sink_tokens == 0 for p in patterns) and any(p.window < 4 for p in patterns)
     assert any(p.stride and p.block % TILE_K == p.sink_tokens % TILE_K == 0 for p in patterns)
     assert {case["dtype"] for case in cases} == set(TOLERANCE)
-    assert {case["head_dim"] for case in cases} == {64, 80, 96, 128}
+    assert {case["head_dim"] for case in cases} == {32, 64, 80, 96, 128}
     assert any(case["heads"] > case["kv_heads"] for case in cases)
     assert any(len(case["lengths"]) > 2 for case in cases)
 

@@ -21,7 +21,7 @@ from kernels.sparse_attention import (
     SPARSE_ATTENTION_FWD,
     sparse_attention,
 )
-from tests.kernels.cases import DEVICE, PATTERNS, make_inputs
+from tests.kernels.cases import DEVICE, PATTERNS, TOLERANCE, make_inputs
 
 PATTERN = PATTERNS["per_head"]
 
@@ -114,7 +114,8 @@ def test_a_copy_of_the_files_keeps_its_own_operators(tmp_path, monkeypatch):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         attend(*leaves, given, bounds).backward(d_out)
         results.append([x.grad for x in leaves])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).norm() / wanted.norm() <= 2 * TOLERANCE[torch.float32]
 
 
 def test_a_second_derivative_is_refused():

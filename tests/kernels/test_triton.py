@@ -54,6 +54,9 @@ def test_several_query_heads_for_each_kv_head():
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [
+        (16, torch.float32),
+        (24, torch.bfloat16),
+        (32, torch.float32),
         (64, torch.float16),
         (64, torch.bfloat16),
         (80, torch.bfloat16),

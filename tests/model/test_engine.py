@@ -248,13 +248,13 @@ def use_kernels(monkeypatch):
 @pytest.mark.parametrize("name", ["per_head"])
 def test_by_the_kernels(name, monkeypatch):
     wide = {"head_dim": 64, "num_attention_heads": 2, "hidden_size": 64}
-    hybrid = small_model(PATTERNS[name], is_full=(False, True), **wide)
+    hybrid = small_model(PATTERNS[name], is_full=(False, True), **wide).to(DEVICE)
     use_kernels(monkeypatch)
     rows = [ids(length, seed=length) for length in (7, 21)]
     found = logits_by_engine(make(hybrid, chunk=9, graphs=False), rows, 2)
     for row, alone in zip(found, rows, strict=True):
         with torch.no_grad():
-            expected = hybrid(alone[None]).logits[0, -3:]
+            expected = hybrid(alone[None].to(DEVICE)).logits[0, -3:]
         assert difference(row, expected) < TOLERANCE
 
 

@@ -1,10 +1,12 @@
 """The same rows give the same losses and gradient norms on every layout."""
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.training.small_training import (
     CASES,
@@ -144,11 +146,22 @@ TWO_PROCESSES = [name for name, layout in LAYOUTS.items() if layout["world"] == 
 
 
 @pytest.fixture(scope="module")
-def one_gpu():
-    return {
-        len(cases): run_world(1, measure, {"world": 1}, cases, "cuda", gpu=True, timeout=300)[0]
-        for cases in (CASES, KERNEL_CASES)
-    }
+def one_gpu(tmp_path_factory):
+    """What one process measures: computed by the first of pytest's workers, read by the others."""
+    folder = tmp_path_factory.getbasetemp()
+    # A worker's own folder lies in the one of the whole run.
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / "one_gpu.pt"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            worlds = {
+                len(cases): run_world(
+                    1, measure, {"world": 1}, cases, "cuda", gpu=True, timeout=300
+                )
+                for cases in (CASES, KERNEL_CASES)
+            }
+            torch.save({cases: found[0] for cases, found in worlds.items()}, path)
+    return torch.load(path)
 
 
 @pytest.mark.multigpu
