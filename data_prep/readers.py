@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from data_prep.long_json import Unusable, text_of, text_pieces, value_at
 from data_prep.sources import DataError, Part, Skips, Source, kind_of, plan_units
 
@@ -131,7 +129,7 @@ def _reading(source: Source, key: str, texts: Iterator[str]) -> Iterator[str]:
 def _read_errors(source: Source, key: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"source {source.name}: cannot read {source.folder / key}: {error}; check the file and "
             "its permissions, or take it out of the source"
@@ -290,13 +288,20 @@ def _steady(path: Path, file: int | Path) -> Iterator[None]:
 
 
 def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    # imported here: machines that only train need not have it
+    import zstandard
+
     # zstandard's own stream reader takes a truncated file for a whole one; decompressobj tells
     decompressor = None
     for chunk in chunks:
         while chunk:
             if decompressor is None:
                 decompressor = zstandard.ZstdDecompressor().decompressobj()
-            yield decompressor.decompress(chunk)
+            try:
+                piece = decompressor.decompress(chunk)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            yield piece
             chunk = decompressor.unused_data if decompressor.eof else b""
             if decompressor.eof:
                 decompressor = None

@@ -7,10 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 
 from data_prep import readers, sources
 from data_prep.readers import read_part, read_whole
@@ -22,6 +19,10 @@ from data_prep.sources import (
     list_files,
     plan_units,
 )
+
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
+zstandard = pytest.importorskip("zstandard")
 
 RECORDS = [{"text": "first", "n": 1}, {"text": "zweite Zeile ü"}, {"text": "third\nline"}]
 

@@ -1,8 +1,11 @@
+# ruff: noqa: E402
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("gguf")
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
