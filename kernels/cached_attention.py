@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .call import DTYPES, triton_head_dim_failure
-from .hardware import triton_failure
+from .hardware import describe_skipped, triton_failure
 from .pattern import Pattern
 
 log = logging.getLogger("longgen.kernels")
@@ -29,7 +29,10 @@ def _unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     if reason is None and dtype not in DTYPES:
         reason = f"{dtype} is not one of {', '.join(map(str, DTYPES))}"
     if reason is not None and device.type == "cuda":
-        log.warning("attention over a cache on cuda run by PyTorch, slowly (triton: %s)", reason)
+        log.warning(
+            "attention over a cache on cuda run by PyTorch, slowly%s",
+            describe_skipped([("triton", reason)]),
+        )
     return reason
 
 

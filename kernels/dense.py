@@ -36,7 +36,7 @@ from .dense_backends import (
     torch_flash_backward,
     torch_flash_continue,
 )
-from .hardware import cuda_capability
+from .hardware import cuda_capability, describe_skipped
 
 log = logging.getLogger("longgen.kernels")
 
@@ -218,16 +218,14 @@ def choose(
     if kept is None:
         raise ValueError(
             f"full layers of {_name(dtype)} with head dim {head_dim} on {device.type}: "
-            + "; ".join(f"{name} {reason}" for name, reason in passed.items())
-            + "; cast the inputs to bfloat16"
+            f"no backend{describe_skipped(passed.items())}; cast the inputs to bfloat16"
         )
     return kept
 
 
 @cache
 def _log_once(backend: str, device: str, passed: tuple[tuple[str, str], ...]) -> None:
-    over = "; ".join(f"{name} {reason}" for name, reason in passed)
-    log.info("full layers on %s run by %s%s", device, backend, f" ({over})" if over else "")
+    log.info("full layers on %s run by %s%s", device, backend, describe_skipped(passed))
 
 
 def _named(name: str, q_TNH: torch.Tensor) -> DenseBackend:

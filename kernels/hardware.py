@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 
@@ -36,6 +37,15 @@ def triton_failure(device: torch.device, dtype: torch.dtype) -> str | None:
         legal = ".".join(map(str, BFLOAT16_CAPABILITY))
         return f"bfloat16 needs compute capability {legal}; this GPU has {capability}"
     return _compile_failure(device)
+
+
+def describe_skipped(skipped: Iterable[tuple[str, str]]) -> str:
+    """Return " (a, b: reason; c: reason)" for backends and why each was skipped; "" for none."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        names.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(found)}: {reason}" for reason, found in names.items())
+    return f" ({reasons})" if reasons else ""
 
 
 @cache

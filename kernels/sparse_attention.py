@@ -18,7 +18,7 @@ import torch
 
 from .call import Call, check_heads, check_tensors, host_bounds, register_operator
 from .dense import dense_attention, dense_attention_gradients
-from .hardware import cuda_capability
+from .hardware import cuda_capability, describe_skipped
 from .pattern import Pattern
 
 log = logging.getLogger("longgen.kernels")
@@ -66,18 +66,12 @@ FASTEST = {"hopper": ("hopper", "triton"), "cuda": ("triton",)}
 
 
 @cache
-def _log_once(backend: str, device: str, passed: tuple[str, ...]) -> None:
-    over = f" ({'; '.join(passed)})" if passed else ""
-    # On a GPU the tiled path is many times slower than a kernel.
+def _log_once(backend: str, device: str, skipped: tuple[tuple[str, str], ...]) -> None:
+    # On a GPU the tiled path, which is PyTorch's, is many times slower than a kernel.
     slow = backend == TILED and device == "cuda"
-    log.log(
-        logging.WARNING if slow else logging.INFO,
-        "sparse layers on %s run by %s%s%s",
-        device,
-        backend,
-        over,
-        ", in PyTorch, slowly" if slow else "",
-    )
+    level, speed = (logging.WARNING, ", slowly") if slow else (logging.INFO, "")
+    why = describe_skipped(skipped)
+    log.log(level, "sparse layers on %s run by %s%s%s", device, backend, speed, why)
 
 
 def _candidates(device: torch.device) -> tuple[str, ...]:
@@ -110,13 +104,13 @@ def _choose(q_TNH: torch.Tensor, call: Call, name: str | None) -> Backend:
             raise ValueError(f"backend={name!r}: {reason}; pass backend=None for one that runs")
         _log_once(name, q_TNH.device.type, ())
         return BACKENDS[name]()
-    passed = []
+    skipped = []
     for candidate in _candidates(q_TNH.device):
         reason = _unsupported(candidate, q_TNH, call)
         if reason is None:
             break
-        passed.append(f"{candidate}: {reason}")
-    _log_once(candidate, q_TNH.device.type, tuple(passed))
+        skipped.append((candidate, reason))
+    _log_once(candidate, q_TNH.device.type, tuple(skipped))
     return BACKENDS[candidate]()
 
 

@@ -298,5 +298,5 @@ def test_what_is_passed_over_on_a_gpu_is_said(machine, caplog):
     with caplog.at_level(logging.INFO, "longgen.kernels"):
         assert dense._chosen(q, (0, 10), None).name == "cudnn"
     (said,) = (record.message for record in caplog.records)
-    assert said.startswith("full layers on cuda run by cudnn (flash_attn_4 needs flash_attn.cute")
-    assert "flash_attn_3 needs flash_attn_interface" in said
+    assert said.startswith("full layers on cuda run by cudnn (flash_attn_4: needs flash_attn.cute")
+    assert "flash_attn_3: needs flash_attn_interface" in said
