@@ -18,6 +18,8 @@ PYTHONS = ("3.11", "3.12")
 PLATFORM = "x86_64-manylinux_2_28"
 # pip's settings that uv takes from the environment, under its names for them.
 FROM_PIP = {"index-url": "UV_DEFAULT_INDEX", "cert": "SSL_CERT_FILE", "proxy": "ALL_PROXY"}
+# uv's own settings that change no result.
+KEPT = {"UV_CACHE_DIR", "UV_HTTP_RETRIES", "UV_HTTP_TIMEOUT"}
 # Packages that README and docs name, and those that the product asks for where it needs them.
 NAMED = r"pip install ([A-Za-z][\w.-]*(?:\[[\w,]+\])?(?:==[\w.]+)?)"
 ASKED_FOR = r'^PACKAGE = "([\w.-]+==[\w.]+)"'
@@ -28,9 +30,11 @@ def environment() -> dict[str, str]:
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     settings = dict(line.split("=", 1) for line in lines if "=" in line)
-    uv_settings = {name: value for name, value in os.environ.items() if name.startswith("UV_")}
-    kept = {name: value for name, value in os.environ.items() if name not in uv_settings}
-    kept |= {name: uv_settings[name] for name in ("UV_CACHE_DIR",) if name in uv_settings}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("UV_") or name in KEPT
+    }
     for key, name in FROM_PIP.items():
         # The later one wins, as in pip.
         for section in ("global", "install", ":env:"):
@@ -53,7 +57,7 @@ def resolve(python: str, files: list[Path], extra: list[str], *options: str) -> 
 def unreachable() -> str | None:
     """Why no package index answers; None where one does."""
     _, error = resolve(PYTHONS[0], [], ["setuptools"], "--no-deps", "--no-cache")
-    return None if "No solution found" in error else error or None
+    return error if "Failed to fetch" in error else None
 
 
 def optional_packages(root: Path) -> list[str]:
