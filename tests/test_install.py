@@ -164,3 +164,15 @@ def test_readmes_call_of_the_kernels_equals_sdpa_with_a_mask():
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_the_table_of_versions_names_the_pinned_ones():
+    text = (ROOT / "requirements.txt").read_text()
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.M))
+    rows = re.findall(
+        r"^\| 3\.1[12] \| (2\S+).*?\| (\S+) \| (\S+) \|",
+        (ROOT / "docs/install.md").read_text(),
+        re.M,
+    )
+    pinned = (pins["torch"], pins["triton"], pins["transformers"])
+    assert [(torch.partition("+")[0], *others) for torch, *others in rows[:2]] == [pinned] * 2
