@@ -9,7 +9,7 @@ INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # The tests of a file share fixtures, and processes that wait for each other leave a core idle.
 TWO_AT_ONCE := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-base test test-all test-gpu lint clean
+.PHONY: help setup demo demo-base test test-all test-gpu lint check-install clean
 
 help:
 	@echo "make demo      the claim on two cores in minutes, beside a control, as a report page"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  soaks and long fuzz runs too"
 	@echo "make test-gpu  the tests that run on a GPU (8 minutes on one)"
 	@echo "make lint      ruff"
+	@echo "make check-install  the requirements against the public torch, on Python 3.11 and 3.12"
 	@echo "make clean     the virtual environment and the caches; outputs/ stays"
 	@echo
 	@echo "torch is installed from where pip is pointed. On the plain index that is the CUDA build"
@@ -27,8 +28,9 @@ help:
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	@$(BIN)/python -c "import torch; print('torch', torch.__version__, '(CUDA build)' if torch.version.cuda else '(CPU build)')"
+	@$(BIN)/python -W ignore -c "import torch; print('torch', torch.__version__, '(CUDA build)' if torch.version.cuda else '(CPU build)')"
 	$(INSTALL_ENV) $(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
 setup: $(READY)
@@ -58,6 +60,10 @@ test-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Installs nothing; needs a package index, and says so where there is none.
+check-install: $(READY)
+	$(BIN)/python .ci/check_install.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
