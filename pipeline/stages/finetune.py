@@ -14,6 +14,7 @@ from model.config import ModelConfig, describe_schedule, resolve_schedule
 from model.weights import WeightFolder
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
+from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
 from pipeline.training.layout import Layout
 from pipeline.training.metrics import Metrics
 
@@ -97,8 +98,8 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = hybrid_config(source, config)
     if layout.rank == 0:
         shape.save(out / "model.json")
-    log.info("layers %s, pattern %s", describe_schedule(shape.is_full), shape.pattern)
-    log.info("to save and stop: touch %s", out / TRIGGER)
+    log.info("finetune: layers %s, %s", describe_schedule(shape.is_full), shape.pattern)
+    log.info("finetune: to save and stop: touch %s", out / TRIGGER)
     model = build_model(config, shape, layout)
     weights = WeightFolder(context.folder("convert"))
     odd = sorted({name for name, _ in model.named_parameters()} ^ set(weights))
@@ -118,7 +119,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     start = checkpointer.load()
     if start:
-        log.info("continuing from step %d", start.step)
+        log.info("finetune: resume step=%d", start.step)
     elif train.weights_from:
         read = weights_reader(Path(train.weights_from), shape, layout.host_group)
         fill_masters(engine, shape, layout, read)

@@ -341,7 +341,9 @@ def run(context: StageContext) -> dict[str, Any]:
 def _to_wandb(context: StageContext, trained: bool, sections: list[Section]) -> dict[str, Any]:
     """The same pictures and tables in the run that training logged to, or in one of their own."""
     config = context.config
-    run_id = trained_run(context.folder("finetune")) if trained else None
+    finetune = context.folder("finetune") if trained else None
+    run_id = trained_run(finetune) if finetune else None
+    metrics = finetune / "metrics.jsonl" if finetune else None
     name = f"{config.name}/{config.variant}"
-    run = open_run(config.wandb, context.out, name, asdict(config), run_id)
+    run = open_run(config.wandb, context.out.parent, name, asdict(config), run_id, metrics)
     return {} if run is None else {"wandb_run": run.id, "logged": log_report(run, sections)}
