@@ -77,10 +77,17 @@ def open_run(
         settings=client.Settings(silent=True, console="off", x_disable_stats=True),
     )
     log.info("wandb: run id=%s mode=%s", run.id, mode)
-    if offline and metrics is not None:
-        for record in read_records(metrics):
+    if offline and metrics is not None and (records := read_records(metrics)):
+        for record in records:
             log_record(run, record)
+        # Else what is logged next, without a step, would join the last one.
+        run.log(_stamp(records[-1]), commit=True)
     return run
+
+
+def _stamp(record: Record) -> dict[str, float]:
+    """The time of a record, by W&B's own name for it."""
+    return {"_timestamp": record["time"]} if "time" in record else {}
 
 
 def log_record(run: Any, record: Record) -> None:
@@ -92,9 +99,7 @@ def log_record(run: Any, record: Record) -> None:
         elif key not in ("kind", "step", "time") and value is not None:
             flat[key] = value
     named = {f"{record['kind']}/{key}": value for key, value in flat.items()}
-    # W&B's own name: a record that is logged again keeps the time at which it was made.
-    stamp = {"_timestamp": record["time"]} if "time" in record else {}
-    run.log(named | stamp, step=record["step"])
+    run.log(named | _stamp(record), step=record["step"])
 
 
 def close_run(run: Any) -> None:

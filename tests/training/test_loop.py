@@ -385,7 +385,7 @@ def test_one_offline_wandb_run_is_one_store_with_every_step_once(tmp_path, caplo
         time.sleep(0.1)
     losses = {s: row["train/loss"] for s, row in history.items() if "train/loss" in row}
     assert losses == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
-    assert "report/what_ran_table" in history[4]
+    assert "report/what_ran_table" in history[5]
     # A step keeps the time at which it was trained.
     times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").open()]
     assert [history[step]["_timestamp"] for step in (1, 2, 3, 4)] == times
