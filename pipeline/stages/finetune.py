@@ -16,7 +16,7 @@ from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
 from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
 from pipeline.training.layout import Layout
-from pipeline.training.metrics import Metrics
+from pipeline.training.metrics import Metrics, device_name
 
 INPUTS = ("data_prep", "convert")
 RESUMABLE = True
@@ -143,4 +143,5 @@ def run(context: StageContext) -> dict[str, Any]:
         "steps": train.steps,
         "tokens": train.steps * train.rows_per_step * config.data.seq_length,
         "schedule": describe_schedule(shape.is_full),
+        "device": device_name(layout.device),
     }

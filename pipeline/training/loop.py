@@ -22,7 +22,12 @@ from pipeline.training.engine import inner_optimizer, learning_rate
 from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
 from pipeline.training.loader import Batch, Loader, Rows, collate
-from pipeline.training.metrics import Metrics, PositionLosses, peak_resident_bytes
+from pipeline.training.metrics import (
+    Metrics,
+    PositionLosses,
+    device_name,
+    peak_resident_bytes,
+)
 from pipeline.training.profiler import traced
 from pipeline.training.watchdog import Watchdog
 
@@ -58,9 +63,7 @@ class Trainer:
         # The step that the run starts after, and the one that is at work or was the last.
         self.first = self.current = 0
         self.reporter = Reporter(log, shown=layout.rank == 0)
-        on_gpu = layout.device.type == "cuda"
-        name = torch.cuda.get_device_name(layout.device) if on_gpu else "CPU"
-        self.peak = peak_flops(name)
+        self.peak = peak_flops(device_name(layout.device))
         self.guard = StepGuard(
             non_finite=train.non_finite,
             spike_sigmas=train.spike_sigmas,

@@ -55,6 +55,11 @@ class PositionLosses:
         ]
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name by CUDA, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def peak_resident_bytes() -> int:
     """The most host memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
