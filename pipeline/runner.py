@@ -14,11 +14,10 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
+from pipeline.console_log import NAME, TerminalHandler, console_log
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -57,9 +57,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def _log_to_terminal() -> None:
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+        log.addHandler(TerminalHandler())
         log.setLevel(logging.INFO)
         log.propagate = False
 
@@ -188,6 +186,23 @@ class Runner:
         name = named(self.config) if named else stage
         return self.root / self.config.name / self.config.variant / name
 
+    def partial(self, stage: str) -> Path:
+        """Where the stage is written before it is finished."""
+        final = self.folder(stage)
+        return final.with_name(final.name + ".partial")
+
+    def after_stop(self, stage: str) -> str:
+        """What the same command does where the stage was stopped before its end."""
+        module = stage_module(stage)
+        if not getattr(module, "RESUMABLE", False):
+            return f"{stage} saved nothing; the same command starts it again"
+        if not hasattr(module, "saved_step"):
+            return "the same command continues"
+        step = module.saved_step(self.partial(stage))
+        if step == 0:
+            return "no checkpoint was saved; the same command starts again from step 0"
+        return f"the same command continues from step {step}"
+
     def finished(self, stage: str) -> Path:
         """The finished folder of an input; StageError where it is absent or of another config."""
         folder = self.folder(stage)
@@ -197,10 +212,10 @@ class Runner:
             raise StageError(f"{folder}: {state}; run stage={stage} first")
         return folder
 
-    def _partial_folder(self, stage: str, final: Path, log_: logging.Logger) -> Path:
+    def _partial_folder(self, stage: str, log_: logging.Logger) -> Path:
         """The folder to write in: what a killed run left of a resumable stage, or a new one."""
         depends_on, inputs, _ = self.wanted(stage)
-        out = final.with_name(final.name + ".partial")
+        out = self.partial(stage)
         # A forced run that was stopped goes on by the same command; it drops only others' work.
         record = {"config": depends_on, "inputs": inputs, "forced": self.config.force}
         if out.exists():
@@ -290,7 +305,7 @@ class Runner:
         log.info("%s: starts", stage)
         started = time.time()
         with _disk_errors(final):
-            out = self._partial_folder(stage, final, stage_log)
+            out = self._partial_folder(stage, stage_log)
             self.team.tell("decision", {"out": str(out)})
             context = self._context(out, stage_log)
             counts = stage_module(stage).run(context)
@@ -324,7 +339,7 @@ class Runner:
         """Let `size` workers run the stage, of which the first does what this process would."""
         final = self.folder(stage)
         before = read_manifest(final)
-        latest = final.with_name(final.name + ".partial") / "checkpoints" / "latest"
+        latest = self.partial(stage) / "checkpoints" / "latest"
         log.info("%s: starting %d processes", stage, size)
         run_workers(
             [*self.arguments, f"stage={stage}"],
@@ -353,7 +368,12 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
     `arguments`: what Python is given to start this same run in another process.
     """
     _log_to_terminal()
-    team = Team()
+    with ExitStack() as files:
+        return _execute(composed, arguments, files)
+
+
+def _execute(composed: DictConfig, arguments: Sequence[str], files: ExitStack) -> int:
+    team, stage = Team(), None
     try:
         team = _join()
         config = parse(composed)
@@ -362,6 +382,7 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
         refuse_processes(config, stages, team)
         of = f", {team.size} processes" if team.size > 1 else ""
         told = config.name, config.variant, config.device, of
+        files.enter_context(console_log(runner.root / config.name / config.variant / NAME))
         log.info("experiment %s, variant %s, device %s%s", *told)
         for stage in stages:
             counts = runner.run(stage)
@@ -371,18 +392,18 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
         return first.exit_code
     except WorkersEnded as ended:
         if str(ended):
-            log.error("%s", ended)
+            log.error("%s; %s", ended, runner.after_stop(stage))
         return ended.exit_code
     except RankFailed as failed:
         return failed.exit_code
     except KeyboardInterrupt:
         team.fail(INTERRUPTED)
         if team.rank == 0:
-            log.error("interrupted; the same command continues")
+            log.error("interrupted; %s", runner.after_stop(stage) if stage else "nothing was begun")
         return INTERRUPTED
     except StageStopped as stopped:
         if team.rank == 0:
-            log.error("%s; the same command continues", stopped)
+            log.error("%s; %s", stopped, runner.after_stop(stage))
         # A launcher would close those that are still about to leave.
         with suppress(RankFailed):
             team.meet("stopped")

@@ -1,4 +1,4 @@
-"""Sections of the report on speed: the tables of docs/results as they were measured."""
+"""Sections of the report on speed: what docs/results has of the GPU on which the run trained."""
 
 from __future__ import annotations
 
@@ -41,30 +41,32 @@ def _value(cell: str) -> Any:
     return cell
 
 
-def speed_sections(pictures: Pictures, folder: Path = RESULTS) -> list[Section]:
-    """One per table kernels_*.csv, train_step_*.csv and serving_*.csv of docs/results."""
-    return [
-        _section(title, path, pictures)
-        for kind, title in KINDS.items()
-        for path in sorted(folder.glob(f"{kind}_*.csv"))
-    ]
+def speed_sections(pictures: Pictures, gpu: str, folder: Path = RESULTS) -> list[Section]:
+    """Sections of the tables kernels_*.csv, train_step_*.csv and serving_*.csv of docs/results.
+
+    Args:
+        gpu: the GPU's name by CUDA; rows measured on another one are not shown.
+    """
+    sections = []
+    for kind, title in KINDS.items():
+        for path in sorted(folder.glob(f"{kind}_*.csv")):
+            rows = [row for row in read_table(path) if row.get("gpu") == gpu]
+            if rows:
+                sections.append(_section(title, path.name, rows, gpu, pictures))
+    return sections
 
 
-def _section(title: str, path: Path, pictures: Pictures) -> Section:
-    rows = read_table(path)
-    gpus = sorted({str(row["gpu"]) for row in rows if row.get("gpu")})
+def _section(title: str, name: str, rows: list[Record], gpu: str, pictures: Pictures) -> Section:
     dates = sorted({str(row["date"]) for row in rows if row.get("date")})
-    where = f" on {', '.join(gpus)}" if gpus else ""
     when = f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}" if dates else ""
-    text = f"As measured{where}{when}, apart from this run: docs/results/{path.name}."
+    text = f"Measured on {gpu}{when}, apart from this run: docs/results/{name}."
     figure = None
-    if path.name.startswith("kernels") and figures.lengths_of(rows):
+    if name.startswith("kernels") and figures.lengths_of(rows):
         figure = figures.speed_by_length(rows)
-    if path.name.startswith("train_step") and figures.several_lengths(rows):
+    if name.startswith("train_step") and figures.several_lengths(rows):
         figure = figures.training_speed_by_length(rows)
-    picture = pictures.save(f"speed_{path.stem}", figure) if figure else None
-    columns = [column for column in SHOWN if rows and rows[0].keys() >= {column}]
-    columns = columns or list(rows[0] if rows else ())[:10]
+    picture = pictures.save(f"speed_{Path(name).stem}", figure) if figure else None
+    columns = [column for column in SHOWN if column in rows[0]] or list(rows[0])[:10]
     cells = [tuple(_cell(row[column]) for column in columns) for row in rows]
     return Section(title, text, picture, Table(tuple(columns), cells))
 

@@ -170,10 +170,14 @@ class Team:
         """A logging filter: of the warnings that all ranks give, the first one's is shown."""
         if self.size == 1 or record.levelno != logging.WARNING:
             return True
+        if hasattr(record, "shown"):
+            # The first of this process's handlers has decided.
+            return record.shown
         name = digest(record.getMessage())
         # The second time that a rank says the same is another event.
         self._said[name] += 1
         try:
-            return self._store.add(f"warned/{name}/{self._said[name]}", 1) == 1
+            record.shown = self._store.add(f"warned/{name}/{self._said[name]}", 1) == 1
         except RuntimeError:
-            return True
+            record.shown = True
+        return record.shown

@@ -42,7 +42,10 @@ TAKEN = (*ASKS, signal.SIGHUP, signal.SIGQUIT)
 
 
 class WorkersEnded(Exception):
-    """The workers' stage did not finish; the message is empty where they have said why."""
+    """The workers' stage did not finish; the message is empty where they have said why.
+
+    What the same command does then, the runner adds.
+    """
 
     def __init__(self, exit_code: int, message: str = "") -> None:
         super().__init__(message)
@@ -118,13 +121,10 @@ def _watch(workers: SubprocessContext, asked: _Asked, store: Store) -> dict[int,
         if not running:
             return codes
         if asked.again:
-            raise WorkersEnded(INTERRUPTED, "interrupted; the same command continues")
+            raise WorkersEnded(INTERRUPTED, "interrupted")
         if asked.number and not forwarded:
             forwarded = True
-            log.info(
-                "%s: the workers save at the next step's edge and end; once more ends them at once",
-                signal.Signals(asked.number).name,
-            )
+            # Rank 0 acknowledges it: what it saves, and what a second signal would cost.
             for rank in running:
                 os.kill(workers.pids()[rank], signal.SIGTERM)
         silent = _ended_silently(codes)
@@ -180,8 +180,7 @@ def run_once(arguments: Sequence[str], size: int, attempt: int = 0) -> str | Non
             codes = _watch(workers, asked, store)
             whole = all(code in (0, *STOPPED) for code in codes.values())
         except SignalException as error:
-            stopped = f"stopped by {error.sigval.name}; the same command continues"
-            raise WorkersEnded(128 + error.sigval, stopped) from error
+            raise WorkersEnded(128 + error.sigval, f"stopped by {error.sigval.name}") from error
         finally:
             if workers:
                 # Also where all have ended: the process manager has threads of its own.
@@ -205,12 +204,10 @@ def _outcome(codes: dict[int, int | None], store: Store, asked: int | None) -> s
         died = cause and cause[1] != -signal.SIGTERM
         said = "" if stopped and not cause else f"stopped by {signal.Signals(asked).name}"
         told = [_describe(*cause)] if died else []
-        message = "; ".join([*told, said, "the same command continues"]) if said else ""
-        raise WorkersEnded(128 + asked, message)
+        raise WorkersEnded(128 + asked, "; ".join([*told, said]) if said else "")
     if stopped:
         # All have saved; what one died of afterwards is no reason to go on.
-        told = f"{_describe(*cause)}; the same command continues" if cause else ""
-        raise WorkersEnded(stopped[0], told)
+        raise WorkersEnded(stopped[0], _describe(*cause) if cause else "")
     return _describe(*cause) if cause else None
 
 
@@ -241,14 +238,14 @@ def run_workers(
         if now == before:
             raise WorkersEnded(
                 1,
-                f"{failure}; given up, for no checkpoint was written since the workers started; "
-                "mend what is said above, and the same command continues",
+                f"{failure}; not restarted, for no checkpoint was written since the workers "
+                "started; fix the error above",
             )
         if attempt == restarts:
             raise WorkersEnded(
                 1,
-                f"{failure}; given up after {restarts} restarts; the same command continues from "
-                f"{now}, and parallel.restarts allows more",
+                f"{failure}; not restarted after {restarts} restarts (parallel.restarts allows "
+                "more)",
             )
         log.error(
             "%s; all workers start again from %s, restart %d of %d",

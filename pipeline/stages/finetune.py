@@ -14,8 +14,9 @@ from model.config import ModelConfig, describe_schedule, resolve_schedule
 from model.weights import WeightFolder
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
+from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
 from pipeline.training.layout import Layout
-from pipeline.training.metrics import Metrics
+from pipeline.training.metrics import Metrics, device_name
 
 INPUTS = ("data_prep", "convert")
 RESUMABLE = True
@@ -97,8 +98,8 @@ def run(context: StageContext) -> dict[str, Any]:
     shape = hybrid_config(source, config)
     if layout.rank == 0:
         shape.save(out / "model.json")
-    log.info("layers %s, pattern %s", describe_schedule(shape.is_full), shape.pattern)
-    log.info("to save and stop: touch %s", out / TRIGGER)
+    log.info("finetune: layers %s, %s", describe_schedule(shape.is_full), shape.pattern)
+    log.info("finetune: to save and stop: touch %s", out / TRIGGER)
     model = build_model(config, shape, layout)
     weights = WeightFolder(context.folder("convert"))
     odd = sorted({name for name, _ in model.named_parameters()} ^ set(weights))
@@ -118,7 +119,7 @@ def run(context: StageContext) -> dict[str, Any]:
     )
     start = checkpointer.load()
     if start:
-        log.info("continuing from step %d", start.step)
+        log.info("finetune: resume step=%d", start.step)
     elif train.weights_from:
         read = weights_reader(Path(train.weights_from), shape, layout.host_group)
         fill_masters(engine, shape, layout, read)
@@ -142,4 +143,5 @@ def run(context: StageContext) -> dict[str, Any]:
         "steps": train.steps,
         "tokens": train.steps * train.rows_per_step * config.data.seq_length,
         "schedule": describe_schedule(shape.is_full),
+        "device": device_name(layout.device),
     }

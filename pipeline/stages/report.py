@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from kernels.pattern import Pattern
@@ -35,6 +36,7 @@ from pipeline.score_sections import (
 )
 from pipeline.speed_sections import speed_sections
 from pipeline.stages.evaluate import RECORDS
+from pipeline.training.metrics import device_name
 from pipeline.wandb_run import log_report, open_run, trained_run
 
 # Seconds of work, of records that stay: where they or the runs beside have changed, made anew.
@@ -90,6 +92,15 @@ def _trained_line(context: StageContext, exported: dict[str, Any]) -> str | None
         f"{describe_schedule(tuple(exported['is_full']))}: trained on {counts['tokens']:,} tokens "
         f"in {counts['steps']:,} steps"
     )
+
+
+def _device(context: StageContext) -> str:
+    """The GPU on which the run trained, or else this one; "CPU" where there is none."""
+    if "finetune" in inputs(context.config):
+        counts = (read_manifest(context.folder("finetune")) or {}).get("counts", {})
+        if "device" in counts:
+            return counts["device"]
+    return device_name(torch.device(context.config.device))
 
 
 def _facts(context: StageContext, exported: dict[str, Any]) -> Section:
@@ -328,7 +339,7 @@ def run(context: StageContext) -> dict[str, Any]:
         short_section(records, skipped, pictures),
         comparison_section(config, records, pictures),
         _facts(context, exported),
-        *speed_sections(pictures),
+        *speed_sections(pictures, _device(context)),
     ]
     # What there is nothing of comes last.
     sections.sort(key=lambda section: section.picture is None and section.table is None)
@@ -341,7 +352,9 @@ def run(context: StageContext) -> dict[str, Any]:
 def _to_wandb(context: StageContext, trained: bool, sections: list[Section]) -> dict[str, Any]:
     """The same pictures and tables in the run that training logged to, or in one of their own."""
     config = context.config
-    run_id = trained_run(context.folder("finetune")) if trained else None
+    finetune = context.folder("finetune") if trained else None
+    run_id = trained_run(finetune) if finetune else None
+    metrics = finetune / "metrics.jsonl" if finetune else None
     name = f"{config.name}/{config.variant}"
-    run = open_run(config.wandb, context.out, name, asdict(config), run_id)
+    run = open_run(config.wandb, context.out.parent, name, asdict(config), run_id, metrics)
     return {} if run is None else {"wandb_run": run.id, "logged": log_report(run, sections)}

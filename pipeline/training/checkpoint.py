@@ -256,7 +256,7 @@ class Checkpointer:
         _together(group, lead, lambda: self._publish(partial, final), final)
         seconds = time.perf_counter() - started
         if lead:
-            log.info("saved %s in %.1f s", final.name, seconds)
+            log.info("finetune: saved checkpoint=%s seconds=%.1f", final.name, seconds)
         return seconds
 
     def _publish(self, partial: Path, final: Path) -> None:
@@ -324,6 +324,12 @@ def candidates(folder: Path) -> list[Path]:
     pointer = folder / LATEST
     newest = pointer.read_text().strip() if pointer.exists() else ""
     return [path for path in found if path.name <= newest or not (folder / newest).is_dir()]
+
+
+def saved_step(finetune: Path) -> int:
+    """The step of the newest checkpoint of a finetune folder; 0 where there is none."""
+    found = candidates(finetune / "checkpoints")
+    return int(found[0].name.removeprefix("step_")) if found else 0
 
 
 def _say_damaged(checkpoint: Path, wrong: list[str]) -> None:

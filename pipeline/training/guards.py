@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +20,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Notes SIGTERM, SIGINT (Ctrl-C) and the file `trigger` while in its `with` block.
 
-    A second signal acts at once. Ranks see a request at different times: the loop takes the maximum
-    of wanted() over all of them, so that they stop at the same step's edge.
+    A second signal raises KeyboardInterrupt. Ranks see a request at different times: the loop takes
+    the maximum of wanted() over all of them, so that they stop at the same step's edge.
     """
 
-    def __init__(self, trigger: Path) -> None:
-        self.trigger = trigger
+    def __init__(self, trigger: Path, on_signal: Callable[[], None] = lambda: None) -> None:
+        """`on_signal`: called once, at the first signal, in a thread of its own.
+
+        The signal handler itself must not log: it may have interrupted the main thread inside the
+        logger or a write to the terminal. It may also run late, while the main thread is inside a
+        collective. The thread is woken by Python's C handler, through a pipe.
+        """
+        self.trigger, self._on_signal = trigger, on_signal
         self._wanted = 0
         self._signalled = False
         self._before: dict[int, Any] = {}
@@ -33,13 +42,29 @@ class StopRequest:
         self._signalled = True
         self._wanted = max(self._wanted, number)
 
+    def _listen(self, pipe: int) -> None:
+        # One byte a signal, its number; none once the pipe is closed.
+        while number := os.read(pipe, 1):
+            if number[0] in SIGNALS:
+                self._on_signal()
+                break
+
     def __enter__(self) -> StopRequest:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._thread = threading.Thread(target=self._listen, args=(self._read,), daemon=True)
+        self._thread.start()
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
 
     def wanted(self) -> int:
         """0, the signal's number, or STOPPED_BY_FILE; what was seen once stays seen."""

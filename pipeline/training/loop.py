@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.config import ModelConfig
 from model.cost import peak_flops, training_flops
 from model.loss import IGNORED
 from pipeline.manifest import STOPPED_BY_FILE, StageStopped
+from pipeline.progress import Reporter, pairs
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpointer
@@ -22,7 +22,12 @@ from pipeline.training.engine import inner_optimizer, learning_rate
 from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
 from pipeline.training.loader import Batch, Loader, Rows, collate
-from pipeline.training.metrics import Metrics, PositionLosses, peak_resident_bytes
+from pipeline.training.metrics import (
+    Metrics,
+    PositionLosses,
+    device_name,
+    peak_resident_bytes,
+)
 from pipeline.training.profiler import traced
 from pipeline.training.watchdog import Watchdog
 
@@ -55,11 +60,10 @@ class Trainer:
         self.engine, self.layout, self.config, self.train = engine, layout, config, train
         self.loader, self.held_out, self.metrics = loader, held_out, metrics
         self.checkpointer, self.folder = checkpointer, folder
-        # The step that the run starts after.
-        self.first = 0
-        on_gpu = layout.device.type == "cuda"
-        name = torch.cuda.get_device_name(layout.device) if on_gpu else "CPU"
-        self.peak = peak_flops(name)
+        # The step that the run starts after, and the one that is at work or was the last.
+        self.first = self.current = 0
+        self.reporter = Reporter(log, shown=layout.rank == 0)
+        self.peak = peak_flops(device_name(layout.device))
         self.guard = StepGuard(
             non_finite=train.non_finite,
             spike_sigmas=train.spike_sigmas,
@@ -85,8 +89,10 @@ class Trainer:
         rows = min(self.train.validation_rows, len(self.held_out))
         length = len(self.held_out[0][0])
         losses = PositionLosses(self.train.position_bucket, length, layout.device)
+        started = time.perf_counter()
+        log.info("finetune: validation starts %s", pairs({"step": step, "rows": rows}))
         self.engine.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.reporter.task("finetune: validation") as update:
             # All ranks go through as many forwards; beyond the last row they count nothing.
             for first in range(0, rows, layout.rows_size):
                 self._beat(f"step {step}: validation row {first}", long=True)
@@ -99,11 +105,17 @@ class Trainer:
                     else batch.labels_BS.new_zeros(batch.labels_BS.shape, dtype=torch.bool)
                 )
                 losses.add(values, batch.positions_BS, counts)
+                done = min(first + layout.rows_size, rows)
+                values = {"step": step, "row": done, "of_rows": rows}
+                update(done / rows, f"row {done} of {rows}", values)
         self.engine.train()
         layout.sum(losses.sums)
         record = {"kind": "validation", "step": step, "loss": losses.loss()}
         self._record({**record, "by_position": losses.by_position()})
-        log.info("step %d: held-out loss %.4f on %d rows", step, record["loss"], rows)
+        told = {"step": step, "loss": f"{record['loss']:.4f}", "rows": rows}
+        log.info(
+            "finetune: validation %s", pairs(told | {"seconds": time.perf_counter() - started})
+        )
 
     def step(self, step: int, consumed: int) -> dict[str, float]:
         """One optimizer step from the rows after `consumed`; what it measured.
@@ -145,7 +157,7 @@ class Trainer:
         self.guard.refuses(norm)
         skipped = self.guard.finish(number)
         if skipped:
-            log.warning("step %d: not taken, %s", number, skipped)
+            log.warning('finetune: skipped step=%d reason="%s"', number, skipped)
         seconds = time.perf_counter() - started
         tokens = self.train.rows_per_step * batches[0].tokens_BS.shape[1]
         tokens *= self.layout.ulysses_size
@@ -179,7 +191,7 @@ class Trainer:
         run_id = self.metrics.run_id if self.metrics else None
         at = checkpoint.Progress(step, consumed, run_id, self.guard.state())
         blocked = self.checkpointer.save(at)
-        log.info("step %d: saving; training stood still for %.2f s", step, blocked)
+        log.info("finetune: saving step=%d blocked_seconds=%.2f", step, blocked)
 
     def run(self, start: checkpoint.Progress) -> None:
         """Train from `start` to the last step.
@@ -188,7 +200,7 @@ class Trainer:
             StageStopped: a signal came to a rank, or the trigger file: the step was finished and
                 saved.
         """
-        with self.watchdog:
+        with self.watchdog, self.reporter:
             try:
                 self._run(start)
             finally:
@@ -201,34 +213,33 @@ class Trainer:
             (self.folder / STOPPED).unlink(missing_ok=True)
         if start.guard:
             self.guard.restore(start.guard)
+        if self.layout.device.type == "cuda":
+            log.info("finetune: compiling kernels, the first forward and step take longer")
         if step == 0:
             self.validate(0)
-        columns = (
-            TextColumn("finetune"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps, loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        silent = self.layout.rank != 0
         with (
-            StopRequest(self.folder / TRIGGER) as stop,
-            Progress(*columns, transient=True, disable=silent) as bar,
+            StopRequest(self.folder / TRIGGER, self._acknowledge) as stop,
+            self.reporter.task("finetune", step / last) as update,
         ):
-            task = bar.add_task("finetune", total=last, completed=step, loss="-")
             while step < last:
+                self.current = step + 1
                 with self._traced(step + 1):
                     measured = self.step(step, consumed)
                 step, consumed = step + 1, consumed + self.train.rows_per_step
-                bar.update(task, completed=step, loss=measured["loss"])
+                loss, norm = (_told(measured[key]) for key in ("loss", "grad_norm"))
+                left = update(step / last, f"{step} of {last} steps, loss {loss}")
                 self._record({"kind": "train", "step": step, **measured})
                 if step % self.train.log_every == 0 or step == last:
-                    log.info(
-                        "step %d/%d: loss %s, gradient norm %s, lr %.2e, %.0f tokens/s",
-                        step,
-                        last,
-                        *(_told(measured[k]) for k in ("loss", "grad_norm")),
-                        *(measured[k] for k in ("lr", "tokens_per_second")),
-                    )
+                    told = {
+                        "step": step,
+                        "of_steps": last,
+                        "loss": loss,
+                        "grad_norm": norm,
+                        "lr": f"{measured['lr']:.2e}",
+                        "tokens_per_second": f"{measured['tokens_per_second']:.0f}",
+                        "eta_seconds": left,
+                    }
+                    log.info("finetune: train %s", pairs(told))
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
                 self._beat(f"step {step}: asking all ranks whether to stop")
@@ -243,6 +254,14 @@ class Trainer:
                     raise StageStopped(stopping)
             self._forget(stop)
 
+    def _acknowledge(self) -> None:
+        """Say at once that a signal has come, while the step goes on."""
+        if self.layout.rank == 0:
+            lost = self.current - checkpoint.saved_step(self.folder)
+            steps = "1 step" if lost == 1 else f"{lost} steps"
+            told = "finetune: saving after this step; press Ctrl-C again to stop now, losing %s"
+            log.warning(told, steps)
+
     def _forget(self, stop: StopRequest) -> None:
         """Let the next start not stop for the same file."""
         if self.layout.rank == 0:
@@ -250,4 +269,4 @@ class Trainer:
 
 
 def _told(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return "nan" if value is None else f"{value:.4f}"

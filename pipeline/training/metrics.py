@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from pipeline.schema import WandbSection
 from pipeline.training.checkpoint import Progress
-from pipeline.wandb_run import open_run
+from pipeline.wandb_run import close_run, log_record, open_run
 
 log = logging.getLogger("longgen.training")
 
@@ -54,6 +55,11 @@ class PositionLosses:
         ]
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name by CUDA, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def peak_resident_bytes() -> int:
     """The most host memory that this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -86,7 +92,9 @@ class Metrics:
         config: dict[str, Any],
         start: Progress | None,
     ) -> None:
-        """`start`: where the run continues, under the same W&B id; None for a new run.
+        """Open metrics.jsonl in `folder`, the stage's, and the W&B run in the folder above it.
+
+        `start`: where the run continues, under the same W&B id; None for a new run.
 
         Lines of steps after `start`, which a run that died had written, are dropped.
         """
@@ -94,7 +102,7 @@ class Metrics:
         _truncate_after(path, start.step if start else -1)
         self.file = path.open("a", buffering=1)
         run_id = start.wandb_id if start else None
-        self.run = open_run(wandb, folder, name, config, run_id)
+        self.run = open_run(wandb, folder.parent, name, config, run_id, path)
 
     @property
     def run_id(self) -> str | None:
@@ -102,20 +110,14 @@ class Metrics:
         return self.run.id if self.run else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record with "kind" and "step"."""
+        """One record with "kind" and "step"; the time (seconds since 1970) is added."""
+        record = {**record, "time": round(time.time(), 3)}
         self.file.write(json.dumps(record) + "\n")
         if self.run:
-            flat = {}
-            for key, value in record.items():
-                if key == "by_position":
-                    flat |= {f"loss at {b['start']}": b["loss"] for b in value}
-                elif key not in ("kind", "step") and value is not None:
-                    flat[key] = value
-            named = {f"{record['kind']}/{key}": value for key, value in flat.items()}
-            self.run.log(named, step=record["step"])
+            log_record(self.run, record)
 
     def close(self) -> None:
         """Flush and end."""
         self.file.close()
         if self.run:
-            self.run.finish()
+            close_run(self.run)

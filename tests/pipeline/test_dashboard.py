@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -53,6 +54,8 @@ def test_online_a_refusal_is_said(config, tmp_path, monkeypatch):
 class Client:
     """A W&B run that keeps what it is given."""
 
+    offline = False
+
     def __init__(self):
         self.logged, self.finished = {}, False
 
@@ -92,6 +95,8 @@ def test_auto_is_online_where_there_is_a_key(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert wandb_run.resolve_mode(WandbSection()) == "offline"
+    # Its import takes seconds.
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert wandb_run.open_run(WandbSection("disabled"), tmp_path, "n", {}, None) is None
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert wandb_run.resolve_mode(WandbSection()) == "online"

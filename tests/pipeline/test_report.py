@@ -69,7 +69,7 @@ SECONDS = {
 }
 COUNTS = {
     "data_prep": {"train": {"tokens": 987654}},
-    "finetune": {"tokens": 40960, "steps": 20},
+    "finetune": {"tokens": 40960, "steps": 20, "device": "NVIDIA H200"},
 }
 
 
@@ -515,18 +515,23 @@ def test_skipped_short_tasks_say_why(tmp_path):
     assert "skipped, since lm-eval is not installed" in section.text
 
 
-def test_tables_of_speed_are_shown_as_measured(undrawn, tmp_path):
+def test_tables_of_speed_are_those_of_the_runs_own_gpu(made, undrawn, tmp_path):
+    """The run of `made` trained on an H200."""
+    shown = re.findall(r"docs/results/(\w+)\.csv", made[3])
+    assert set(shown) == {"train_step_h200", "serving_h200"}
+    assert speed_sections(Pictures(tmp_path / "figures"), "CPU") == []
     (tmp_path / "kernels_x.csv").write_text(
         "pattern,documents,length,heads,kv_heads,head_dim,deterministic,backend,pass,ms,tflops,gpu,date\n"
         "full,1,1024,4,4,64,False,a,forward,1.5,100,H,2026-01-02\n"
         "full,1,2048,4,4,64,False,a,backward,2.5,,H,2026-01-01\n"
+        "full,1,2048,4,4,64,False,a,backward,9.5,,H too,2026-01-03\n"
     )
-    (tmp_path / "serving_y.csv").write_text("what,seconds\nprefill,3.25\n")
-    kernels, serving = speed_sections(Pictures(tmp_path / "figures"), tmp_path)
-    assert "on H, 2026-01-01 to 2026-01-02" in kernels.text
+    (tmp_path / "serving_y.csv").write_text("what,seconds,gpu\nprefill,3.25,H\n")
+    kernels, serving = speed_sections(Pictures(tmp_path / "figures"), "H", tmp_path)
+    assert "on H, 2026-01-01 to 2026-01-02" in kernels.text and len(kernels.table.rows) == 2
     assert kernels.table.rows[0][-2:] == ("1.5", "100") and kernels.table.rows[1][-1] == ""
-    assert serving.table.header == ("what", "seconds")
-    assert serving.table.rows == [("prefill", "3.25")] and serving.picture is None
+    assert serving.table.header == ("what", "seconds", "gpu")
+    assert serving.table.rows == [("prefill", "3.25", "H")] and serving.picture is None
 
 
 def brute_kinds(pattern, length, head, heads):

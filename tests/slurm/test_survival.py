@@ -48,7 +48,7 @@ def told_to_stop(job):
     job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     wait_until(lambda: "to go on from step_" in text(job.log), START, "the save")
     # Not at a regular save: at the step's edge.
-    assert f"continuing from step {saved(job.run)}" not in text(job.log)
+    assert f"resume step={saved(job.run)}\n" not in text(job.log)
     return 1
 
 
@@ -104,7 +104,7 @@ def test_losses_are_those_of_an_undisturbed_job(scripts, root, whole, disturb):
         restarts = disturb(job)
         assert job.losses(START) == whole
         assert job.restarts() == restarts
-        assert text(job.log).count("continuing from step") == 1
+        assert text(job.log).count("resume step=") == 1
     finally:
         job.cluster.run("scancel", job.id, check=False)
         print(text(job.log))

@@ -148,7 +148,7 @@ def test_killed_ranks_lose_and_double_nothing(root, kills, tmp_path):
     assert len(done) == kills, text[-4000:]
     assert losses(folder / "finetune") == losses(root / f"outputs/small/{whole}/finetune")
     # Of each life: it began at the newest checkpoint, or one that became whole after this look.
-    continued = [int(step) for step in re.findall(r"continuing from step (\d+)", text)]
+    continued = [int(step) for step in re.findall(r"resume step=(\d+)", text)]
     befores = [before for before, _ in done if before]
     assert len(continued) == len(befores)
     assert all(step >= before for step, before in zip(continued, befores, strict=True))

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import logging
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -12,12 +14,14 @@ import torch.nn.functional as F
 
 from model.loss import IGNORED
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
+from pipeline.report_page import Section, Table
 from pipeline.schema import WandbSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.engine import inner_optimizer, learning_rate
 from pipeline.training.loader import collate
 from pipeline.training.metrics import Metrics, PositionLosses
+from pipeline.wandb_run import log_report, open_run
 from tests.tiny import tiny_gpt, tiny_llama
 from tests.training.small_training import (
     LENGTH,
@@ -325,13 +329,63 @@ def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_wandb_run_goes_on_under_its_id(tmp_path):
-    section = WandbSection(mode="offline")
-    first = Metrics(tmp_path, section, "test", {}, None)
-    first.write({"kind": "train", "step": 1, "loss": 2.0})
-    run_id = first.run_id
+def stored_history(store):
+    """{step: values} of a W&B store on disk, as `wandb sync` reads it; no step may come twice.
+
+    None where it is not written to its end: finish() does not wait for that.
+    """
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = store.glob("*.wandb")
+    data, history = DataStore(), {}
+    if not path.stat().st_size:
+        return None
+    data.open_for_scan(str(path))
+    while (content := data.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "exit":
+            return history
+        if record.WhichOneof("record_type") == "history":
+            step = record.history.step.num
+            assert step not in history
+            items = {item.key or item.nested_key[0]: item for item in record.history.item}
+            history[step] = {key: json.loads(item.value_json) for key, item in items.items()}
+    return None
+
+
+def test_one_offline_wandb_run_is_one_store_with_every_step_once(tmp_path, caplog):
+    """After a kill beyond the last checkpoint, a resume and a report."""
+    section, folder = WandbSection(mode="offline"), tmp_path / "finetune.partial"
+    folder.mkdir()
+
+    def train(start, steps):
+        metrics = Metrics(folder, section, "test", {}, start)
+        for step in steps:
+            metrics.write({"kind": "train", "step": step, "loss": 10.0 - step, "skipped": None})
+        return metrics
+
+    first = train(None, [1, 2, 3])
+    # Killed: close() writes nothing more to metrics.jsonl. The last checkpoint is that of step 2.
     first.close()
-    start = checkpoint.Progress(1, 4, run_id)
-    second = Metrics(tmp_path, section, "test", {}, start)
-    assert second.run_id == run_id
+    second = train(checkpoint.Progress(2, 8, first.run_id), [3, 4])
+    assert second.run_id == first.run_id
     second.close()
+    with caplog.at_level(logging.INFO, "longgen.wandb"):
+        places = (tmp_path, "test", {}, first.run_id, folder / "metrics.jsonl")
+        report = open_run(section, *places)
+        log_report(report, [Section("What ran", "", None, Table((), [("a", "b")], facts=True))])
+    (store,) = tmp_path.glob("wandb/offline-run-*")
+    assert store.name.endswith(first.run_id)
+    assert f"{sys.executable} -m wandb sync {store}" in caplog.messages[-1]
+    end = time.monotonic() + 30
+    while (history := stored_history(store)) is None:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    losses = {s: row["train/loss"] for s, row in history.items() if "train/loss" in row}
+    assert losses == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
+    assert "report/what_ran_table" in history[5]
+    # A step keeps the time at which it was trained.
+    times = [json.loads(line)["time"] for line in (folder / "metrics.jsonl").open()]
+    assert [history[step]["_timestamp"] for step in (1, 2, 3, 4)] == times

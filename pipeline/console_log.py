@@ -1,0 +1,55 @@
+"""The log of a run: lines on the terminal, and the same lines in a file of the run's folder."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+log = logging.getLogger("longgen")
+
+NAME = "console.log"
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Writes to sys.stdout as it is at that moment: rich replaces it while it shows a bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    @property
+    def stream(self):
+        """Where lines go now."""
+        return sys.stdout
+
+
+class _FileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on without the line: a full disk is reported by the stage that it stops."""
+
+
+@contextmanager
+def console_log(path: Path) -> Iterator[None]:
+    """Append what is logged to `path` as well, and the traceback of an error that leaves.
+
+    Several processes may append to one file: each line is one write.
+    """
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _FileHandler(path, delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    # Of several processes, the terminal's handler knows who speaks.
+    handler.filters = log.handlers[0].filters
+    log.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        handler.handle(logging.makeLogRecord({"msg": traceback.format_exc().rstrip()}))
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
