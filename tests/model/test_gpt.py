@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -222,3 +223,12 @@ def test_angles_stay_float32_in_a_bf16_model(layout):
     # In bfloat16 the position would have been 131072.
     found = torch.stack((cos[0, 0, 0, 0], sin[0, 0, 0, 0]))
     assert_close_by_norm(found, [math.cos(131071), math.sin(131071)], 1e-6)
+
+
+def test_megatron_warns_of_nothing_that_can_be_told_otherwise(layout):
+    """What is deprecated in our arguments would be an error in its next version."""
+    # Its libraries are imported, which warns of what is not installed.
+    tiny_gpt(tiny_config())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="megatron")
+        tiny_gpt(tiny_config())
