@@ -61,6 +61,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        # The default, "full", is deprecated and becomes this.
+        cuda_graph_scope=[],
     )
 
 

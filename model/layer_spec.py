@@ -73,6 +73,7 @@ def hybrid_layer_specs(config: ModelConfig) -> TransformerBlockSubmodules:
         )
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.mlp.params = {"ffn_hidden_size": config.ffn_hidden_size}
         spec.module = HybridLayer
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -24,6 +24,10 @@ from pipeline.schema import register_defaults  # noqa: E402
 register_defaults()
 # megatron-core warns on every start that apex and Transformer Engine are absent: none is used.
 warnings.filterwarnings("ignore", module="megatron", category=UserWarning)
+# DeepSpeed's ZeRO still calls torch's collectives by the names that torch 2.13 deprecates.
+warnings.filterwarnings(
+    "ignore", "`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is deprecated"
+)
 
 
 def _same_run() -> list[str]:

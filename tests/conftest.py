@@ -1,5 +1,5 @@
-"""What all tests share: one thread, Triton's interpreter where there is no GPU, and Megatron's
-groups for one process."""
+"""What all tests share: one thread unless OMP_NUM_THREADS is set, Triton's interpreter where there
+is no GPU, and Megatron's groups for one process."""
 
 import os
 
@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Models here are small, and two workers share two cores."""
-    torch.set_num_threads(1)
+def _threads():
+    """One by default: models here are small, and two workers share two cores."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

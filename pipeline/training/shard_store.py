@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,13 +204,16 @@ def read_pieces(folder: Path, pieces: list[Piece], group: dist.ProcessGroup | No
         ValueError: where a tensor is absent or of another shape.
     """
     try:
-        dcp.load(
-            {piece.key: piece for piece in pieces},
-            storage_reader=_Reader(folder),
-            planner=_LoadPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        with warnings.catch_warnings():
+            # Reading by one process alone is intended here.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(
+                {piece.key: piece for piece in pieces},
+                storage_reader=_Reader(folder),
+                planner=_LoadPlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
     except dcp.api.CheckpointException as error:
         raise ValueError(_first_failure(error)[1]) from error
 

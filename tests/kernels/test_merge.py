@@ -7,7 +7,8 @@ from kernels.merge import merge_partials
 from kernels.pattern import Pattern
 from kernels.reference import reference_attention
 from kernels.sparse_attention import sparse_attention
-from tests.kernels.cases import DEVICE, make_inputs, outputs_and_gradients
+from tests.closeness import assert_close_by_norm
+from tests.kernels.cases import DEVICE, TOLERANCE, make_inputs, outputs_and_gradients
 
 PATTERN = Pattern(sink_tokens=4, window=9, block=4, stride=3)
 
@@ -41,7 +42,7 @@ def test_parts_of_the_keys_give_the_whole(cuts):
         lambda *x: reference_attention(*x, PATTERN, bounds), q, k, v, d_out, d_lse
     )
     for mine, right in zip(got, wanted, strict=True):
-        assert torch.allclose(mine, right, atol=2e-6, rtol=1e-5)
+        assert_close_by_norm(mine, right, 2e-6)
 
 
 def test_sinks_apart_from_the_window():
@@ -62,7 +63,7 @@ def test_sinks_apart_from_the_window():
         lambda *x: reference_attention(*x, Pattern(4, 9), bounds), q, k, v, d_out, d_lse
     )
     for mine, right in zip(got, wanted, strict=True):
-        assert torch.allclose(mine, right, atol=5e-6, rtol=1e-4)
+        assert_close_by_norm(mine, right, TOLERANCE[torch.float32])
 
 
 def test_queries_without_any_key():

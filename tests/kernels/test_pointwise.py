@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import kernels.skinny_linear as skinny
 from kernels import pointwise, pointwise_kernels
+from tests.closeness import assert_close_by_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,8 +17,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def close(found, wanted, tolerance=1e-6):
-    assert found.shape == wanted.shape and not found.isnan().any()
-    assert (found.float() - wanted.float()).norm() <= tolerance * wanted.float().norm()
+    assert_close_by_norm(found, wanted, tolerance)
 
 
 @pytest.mark.parametrize("size", [64, 80])

@@ -48,11 +48,6 @@ def ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference as a share of the largest expected value."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
 def in_chunks(model: LongGenForCausalLM, tokens: torch.Tensor, chunk: int):
     """Logits of all columns and the cache, `chunk` columns at a time."""
     cache = model.new_cache()

@@ -13,6 +13,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from model import gguf_import
 from model.gguf_import import GGUFError, import_gguf
+from tests.closeness import assert_close_by_norm
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 MERGES = ["1 2", "\u0120 \u0120"]
@@ -138,7 +139,7 @@ def test_imported_model_is_the_original_in_bfloat16(tmp_path, tied):
     model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
     ids = torch.arange(40).reshape(1, -1)
     with torch.no_grad():
-        assert torch.equal(imported(ids).logits, model(ids).logits)
+        assert_close_by_norm(imported(ids).logits, model(ids).logits, 1e-5)
 
 
 def test_quantised_tensors_equal_what_transformers_imports(tmp_path):
@@ -226,18 +227,30 @@ def test_truncated_file_is_named(tmp_path, keep):
         import_gguf(path, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("what", ["weights", "tokenizer"])
-def test_a_saved_folder_that_differs_is_refused(tmp_path, monkeypatch, what):
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("weights", "tensors that differ: .'model.layers.0.mlp.up_proj.weight'.,"),
+        ("config", "tensors that differ: .., logits of the same weights equal: False"),
+        ("tokenizer", "token ids equal: False"),
+    ],
+)
+def test_a_saved_folder_that_differs_is_refused(tmp_path, monkeypatch, what, words):
     write_gguf(tmp_path / "tiny.gguf", llama(True))
     save = LlamaForCausalLM.save_pretrained
 
     def save_other(model, out):
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-            save(model, out)
-            model.model.layers[0].mlp.up_proj.weight[0, 0] -= 1
+        weight, eps = model.model.layers[0].mlp.up_proj.weight.data, model.config.rms_norm_eps
+        if what == "weights":
+            weight[0, 0] += 1
+        else:
+            model.config.rms_norm_eps = 1e-3
+        save(model, out)
+        model.config.rms_norm_eps = eps
+        if what == "weights":
+            weight[0, 0] -= 1
 
-    if what == "weights":
+    if what != "tokenizer":
         monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_other)
     else:
         monkeypatch.setattr(gguf_import, "PROBE", "never tokenised alike")
@@ -250,5 +263,5 @@ def test_a_saved_folder_that_differs_is_refused(tmp_path, monkeypatch, what):
             return tokenizer
 
         monkeypatch.setattr(gguf_import.AutoTokenizer, "from_pretrained", load_other)
-    with pytest.raises(GGUFError, match="differs from the imported model"):
+    with pytest.raises(GGUFError, match=f"differs from the imported model.*{words}"):
         import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")

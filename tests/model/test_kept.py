@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import model.kept
 from model.kept import KeptTensors
+from tests.closeness import assert_close_by_norm
 
 LAYERS = 5
 SHAPE = (6, 2, 4)
@@ -107,7 +108,7 @@ def test_gradients_are_autograds(offload, device):
             plain = plain + plain * plain.sin()
         assert kept.host_bytes == (2 * LAYERS * start.nbytes if offload else 0)
         ours, wanted = (torch.autograd.grad(x.sum(), start)[0] for x in (hidden, plain))
-        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+        assert_close_by_norm(ours, wanted, 1e-5)
         assert kept.device_bytes == 0
 
 
@@ -142,7 +143,9 @@ def test_a_broken_step_leaves_nothing(offload):
     # A ticket of the broken step finds nothing of this one either.
     assert not set(sum(broken, [])) & set(sum(tickets, []))
     assert kept.host_bytes == (2 * LAYERS * BYTES if offload else 0)
-    backward(kept, tickets, lambda i, j, x: torch.testing.assert_close(x, values[i][j]))
+    found = []
+    backward(kept, tickets, lambda i, j, x: found.append(torch.equal(x, values[i][j])))
+    assert found and all(found)
 
 
 def test_tickets_that_hold_nothing_are_refused():

@@ -19,6 +19,7 @@ from model.weights import iterate_weights
 from pipeline.manifest import StageError
 from pipeline.runner import Runner
 from pipeline.validation import parse
+from tests.closeness import assert_close_by_norm
 from tests.pipeline.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -94,7 +95,7 @@ def test_loss_of_the_trained_model_is_transformers(layout, runner, stock, tokens
     sparse = replace(shape, is_full=(False,) * shape.num_layers, pattern=window)
     control = hybrid_loss(folder, sparse, tokens)
     print(f"loss: transformers {expected:.6f}, ours {found:.6f}, window of 64 {control:.6f}")
-    assert found == pytest.approx(expected, abs=1e-3)
+    assert_close_by_norm(found, expected, 1e-5)
     assert abs(control - expected) > 0.1
 
 

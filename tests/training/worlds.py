@@ -25,7 +25,7 @@ def _child(pipe, rank, size, port, function, arguments):
     )
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         pipe.send((True, function(*arguments)))
     except BaseException:
