@@ -8,14 +8,24 @@ READY := $(VENV)/.ready
 INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # The tests of a file share fixtures, and processes that wait for each other leave a core idle.
 TWO_AT_ONCE := -n 2 --dist loadfile
+# Kernels of torch, MKL and oneDNN for other processors, and threads. MKL_CBWR is for AMD's, on which
+# MKL_ENABLE_INSTRUCTIONS has no effect.
+SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+ANY := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+AVX512 := ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
+CPUS := "$(SSE) OMP_NUM_THREADS=1" "$(ANY) OMP_NUM_THREADS=2" \
+	"$(AVX2) OMP_NUM_THREADS=2" "$(AVX512) OMP_NUM_THREADS=2"
+NUMERICAL := tests/kernels tests/model tests/training tests/pipeline
 
-.PHONY: help setup demo demo-base test test-all test-gpu lint check-install clean
+.PHONY: help setup demo demo-base test test-all test-gpu test-cpus lint check-install clean
 
 help:
 	@echo "make demo      the claim on two cores in minutes, beside a control, as a report page"
 	@echo "make demo-base its base, pretrained anew (3 minutes of an H100)"
 	@echo "make test      the tests"
 	@echo "make test-all  soaks and long fuzz runs too"
+	@echo "make test-cpus the numerical tests as other processors and threads compute them"
 	@echo "make test-gpu  the tests that run on a GPU (8 minutes on one)"
 	@echo "make lint      ruff"
 	@echo "make check-install  the requirements against the public torch, on Python 3.11 and 3.12"
@@ -56,6 +66,15 @@ test-all: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -v -n 8 --dist worksteal -m "gpu and not slow" --durations=20 \
 	  tests/pipeline tests/training tests/model tests/kernels
+
+test-cpus: $(READY)
+	@failed=; for cpu in $(CPUS); do \
+		case "$$cpu" in *avx512*) grep -q avx512f /proc/cpuinfo || \
+			{ echo "skipped, no AVX-512 here: $$cpu"; continue; };; esac; \
+		echo "$$cpu"; \
+		env $$cpu $(BIN)/python -m pytest -m "not slow" $(TWO_AT_ONCE) $(NUMERICAL) || \
+			failed="$$failed [$$cpu]"; \
+	done; test -z "$$failed" || { echo "failed with$$failed"; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check .
