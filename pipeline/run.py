@@ -18,6 +18,7 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from pipeline.overrides import with_experiment  # noqa: E402
 from pipeline.runner import execute  # noqa: E402
 from pipeline.schema import register_defaults  # noqa: E402
 
@@ -48,4 +49,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv = with_experiment(sys.argv)
     main()

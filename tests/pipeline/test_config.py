@@ -12,7 +12,10 @@ from pipeline.schema import register_defaults
 from pipeline.validation import ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+# own, which recipes start from, needs a model and texts.
+RECIPES = sorted(
+    path.stem for path in (ROOT / "conf/experiment").glob("*.yaml") if path.stem != "own"
+)
 
 
 register_defaults()

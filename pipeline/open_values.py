@@ -1,0 +1,51 @@
+"""Values that a configuration leaves open: the model's shape, the run's name, lengths in tokens."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.model_source import fill_shape
+from pipeline.schema import Config
+from pipeline.schema_of_eval import EvalSection
+
+# Loss and perplexity are averaged over so many buckets of a row's positions.
+BUCKETS = 16
+# Needles are tried at a row's whole length and these parts of it, down to so many tokens.
+PARTS = (8, 4, 2, 1)
+SHORTEST_NEEDLE = 256
+
+
+def fill_open_values(config: Config) -> None:
+    """Give every value that is null because another one decides it what that one says.
+
+    Raises:
+        StageError, MappingError: where a folder's config.json is missing, or no Llama's.
+    """
+    fill_shape(config.model)
+    if config.name is None:
+        config.name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.name).lstrip("-._") or "own"
+    length = config.data.seq_length
+    if config.train.position_bucket is None:
+        config.train.position_bucket = _bucket(length)
+    fill_lengths(config.eval, length)
+
+
+def fill_lengths(section: EvalSection, seq_length: int) -> None:
+    """Let the lengths that the section leaves null follow the rows' length."""
+    perplexity = section.perplexity
+    if perplexity.max_length is None:
+        perplexity.max_length = seq_length
+    if perplexity.min_length is None:
+        perplexity.min_length = perplexity.max_length
+    if perplexity.bucket is None:
+        perplexity.bucket = _bucket(seq_length)
+    if section.niah.lengths is None:
+        parts = [seq_length // part for part in PARTS]
+        section.niah.lengths = [n for n in parts if n >= SHORTEST_NEEDLE] or [seq_length]
+    for task in (section.ruler, section.babilong):
+        if task.lengths is None:
+            task.lengths = [seq_length]
+
+
+def _bucket(seq_length: int) -> int:
+    return max(1, seq_length // BUCKETS)
