@@ -59,7 +59,8 @@ def _inherited(config: Config, arguments: Sequence[str]) -> Iterator[str]:
 def _rope(config: Config) -> Iterator[str]:
     old, new = config.model.max_positions, config.data.seq_length
     base, least = config.rope.base or config.model.rope_base, least_base(new)
-    if new <= old or (config.rope.base is not None and base >= least):
+    untrained = config.model.source == "random"
+    if untrained or new <= old or (config.rope.base is not None and base >= least):
         return
     if config.rope.base is None:
         kept = f"rope.base=null keeps the model's own {base:g}"

@@ -61,7 +61,8 @@ def run(context: StageContext) -> dict[str, Any]:
     counts: dict[str, Any] = {"model": {"kind": kind, "source": section.source}}
     made = _once(context.out / "model", model, lambda part: make(section, part), kind == "hub")
     check_model_folder(context.out / "model")
-    check_shape(read_config(context.out / "model"), section, context.out / "model", context.log)
+    folder = (context.out / "model").resolve()
+    check_shape(read_config(folder), section, folder, context.log)
     counts["model"] |= made
     for spec in wanted_packages(context.config):
         context.log.info("fetch: package %s", spec)

@@ -138,9 +138,7 @@ def test_what_an_experiment_gives_to_another_model_is_said():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_follow_the_advice(recipe):
-    """demo_base and tiny, whose models are random or made to be extended, have no RoPE to keep."""
-    told = advised(config(f"experiment={recipe}"))
-    assert [line for line in told if recipe not in ("tiny",) or "rope" not in line] == []
+    assert advised(config(f"experiment={recipe}")) == []
 
 
 def test_lengths_follow_the_rows():
