@@ -98,21 +98,18 @@ def fill_shape(section: ModelSection) -> None:
         return
     kind = source_kind(section.source)
     if missing and kind != "folder":
+        first = f"download it (hf download {section.source} --local-dir FOLDER) and set "
+        remedy = f"{first}model.source=FOLDER, or " if kind == "hub" else ""
         raise StageError(
             f"model.source={section.source!r}: {', '.join(f'model.{key}' for key in missing)} have "
-            "no value, and are read from the config.json of a local folder only; download the "
-            f"model first ({_download(section.source)}) and set model.source=FOLDER, or choose "
-            "its conf/model file with model=NAME"
+            f"no value, and only a local folder's config.json gives them; {remedy}choose a "
+            "conf/model file with model=NAME"
         )
     if missing:
         shape = shape_of(read_config(local_path(section.source)))
         for key in missing:
             setattr(section, key, shape[key])
     section.name = section.name or local_path(section.source).resolve().name
-
-
-def _download(source: str) -> str:
-    return f"hf download {source} --local-dir FOLDER" if HUB_ID.fullmatch(source) else "stage=fetch"
 
 
 def check_shape(

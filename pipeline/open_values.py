@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pipeline.manifest import StageError
 from pipeline.model_source import fill_shape
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection
@@ -19,12 +20,18 @@ def fill_open_values(config: Config) -> None:
     """Give every value that is null because another one decides it what that one says.
 
     Raises:
-        StageError, MappingError: where a folder's config.json is missing, or no Llama's.
+        StageError: where rows have no length, or a folder no config.json.
+        MappingError: on another architecture than Llama.
     """
     fill_shape(config.model)
     if config.name is None:
         config.name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.model.name).lstrip("-._") or "own"
     length = config.data.seq_length
+    if length is None:
+        raise StageError(
+            "data.seq_length: has no value; set it to the new context in tokens, such as "
+            "data.seq_length=8192"
+        )
     if config.train.position_bucket is None:
         config.train.position_bucket = _bucket(length)
     fill_lengths(config.eval, length)

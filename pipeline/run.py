@@ -49,5 +49,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = with_experiment(sys.argv)
+    sys.argv[1:] = with_experiment(sys.argv[1:])
     main()

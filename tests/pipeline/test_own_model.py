@@ -76,9 +76,11 @@ def test_fetch_refuses_another_shape_before_data_prep(llama, tmp_path, capsys):
 
 
 REFUSED = {
+    "model=llama_1b data.seq_length=null": r"data.seq_length: has no value; set it to the new",
     "model.source=null": r"model.source: has no value; set model.source=FOLDER",
-    "model.source=NAME/MODEL": r"model.num_layers.*of a local folder only; download the model "
-    r"first \(hf download NAME/MODEL --local-dir FOLDER\)",
+    "model.source=NAME/MODEL": r"model.num_layers.*only a local folder's config.json "
+    r"gives them; download it \(hf download NAME/MODEL --local-dir FOLDER\) and set model.source",
+    "model.source=pypi:a==1": r"model.num_layers.*config.json gives them; choose a conf/model file",
     "model.source=/nowhere": r"model.source='/nowhere': is not there; must be a folder",
     "model=llama_1b data.sources=[]": r"at least one source; choose data=NAME, or set data.sources",
 }
