@@ -80,7 +80,7 @@ REFUSED = {
     "model.source=null": r"model.source: has no value; set model.source=FOLDER",
     "model.source=NAME/MODEL": r"model.num_layers.*only a local folder's config.json "
     r"gives them; download it \(hf download NAME/MODEL --local-dir FOLDER\) and set model.source",
-    "model.source=pypi:a==1": r"model.num_layers.*config.json gives them; choose a conf/model file",
+    "model.source=random": r"model.num_layers.*config.json gives them; choose a conf/model file",
     "model.source=/nowhere": r"model.source='/nowhere': is not there; must be a folder",
     "model=llama_1b data.sources=[]": r"at least one source; choose data=NAME, or set data.sources",
 }
