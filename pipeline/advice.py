@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.manifest import StageError
 from pipeline.overrides import replaced
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection
@@ -106,17 +105,8 @@ def held_out_shortage(config: Config, data_prep: Path) -> str | None:
     """Why the finished data_prep's held-out documents do not suffice for stage=evaluate."""
     if "perplexity" not in config.eval.tasks:
         return None
-    try:
-        documents = json.loads((data_prep / "held_out_documents.json").read_text())
-    except OSError:
-        return None
+    documents = json.loads((data_prep / "held_out_documents.json").read_text())
     return shortage(config.eval, [document["tokens"] for document in documents])
-
-
-def refuse_held_out_shortage(config: Config, data_prep: Path) -> None:
-    """Raise StageError where held_out_shortage gives a reason."""
-    if lacking := held_out_shortage(config, data_prep):
-        raise StageError(lacking)
 
 
 def shortage(section: EvalSection, lengths: Sequence[int]) -> str | None:
@@ -126,6 +116,6 @@ def shortage(section: EvalSection, lengths: Sequence[int]) -> str | None:
         return None
     return (
         f"eval.perplexity.min_length={least}: the longest of {len(lengths)} held-out documents has "
-        f"{longest} tokens; lower eval.perplexity.min_length, or hold out more or longer documents "
-        "(data.held_out, data.held_out_tokens)"
+        f"{longest} tokens; lower eval.perplexity.min_length (data.seq_length unless set), or hold "
+        "out more or longer documents (data.held_out, data.held_out_tokens)"
     )

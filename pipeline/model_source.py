@@ -101,8 +101,8 @@ def fill_shape(section: ModelSection) -> None:
         first = f"download it (hf download {section.source} --local-dir FOLDER) and set "
         remedy = f"{first}model.source=FOLDER, or " if kind == "hub" else ""
         raise StageError(
-            f"model.source={section.source!r}: {', '.join(f'model.{key}' for key in missing)} have "
-            f"no value, and only a local folder's config.json gives them; {remedy}choose a "
+            f"model.source={section.source!r}: the shape is not stated (model.{missing[0]} has no "
+            f"value), and is read from the config.json of a local folder only; {remedy}choose a "
             "conf/model file with model=NAME"
         )
     if missing:

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
-from pipeline.advice import advice, refuse_held_out_shortage
+from pipeline.advice import advice
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -66,7 +66,8 @@ def _log_to_terminal() -> None:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run."""
+    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run, and
+    perhaps check."""
     return importlib.import_module(f"pipeline.stages.{stage}")
 
 
@@ -257,6 +258,11 @@ class Runner:
                 counts = self._work(stage)
         return self._employ(stage, size) if counts is None else counts
 
+    def check(self, stage: str) -> None:
+        """Let the stage refuse what it has made, or found made, where this run cannot use it."""
+        if own := getattr(stage_module(stage), "check", None):
+            own(self.config, self.folder(stage), logging.getLogger(f"longgen.{stage}"))
+
     @contextmanager
     def _lock(self, stage: str) -> Iterator[None]:
         final = self.folder(stage)
@@ -386,9 +392,7 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
             log.warning("%s", line)
         for stage in stages:
             counts = runner.run(stage)
-            # Said before hours of training.
-            if stage == "data_prep" and "evaluate" in stages:
-                refuse_held_out_shortage(config, runner.folder(stage))
+            runner.check(stage)
     except USER_ERRORS as error:
         first = team.fail(USER_ERROR)
         team.say(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Callable
@@ -44,8 +45,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Make `model/` and `packages/`; counts say what came from where.
 
     Raises:
-        StageError: on an unknown source, a missing file, no network, an incomplete model, or one of
-            another shape than the configuration states.
+        StageError: on an unknown source, a missing file, no network, or an incomplete model.
     """
     section = context.config.model
     kind = source_kind(section.source)
@@ -61,8 +61,6 @@ def run(context: StageContext) -> dict[str, Any]:
     counts: dict[str, Any] = {"model": {"kind": kind, "source": section.source}}
     made = _once(context.out / "model", model, lambda part: make(section, part), kind == "hub")
     check_model_folder(context.out / "model")
-    folder = (context.out / "model").resolve()
-    check_shape(read_config(folder), section, folder, context.log)
     counts["model"] |= made
     for spec in wanted_packages(context.config):
         context.log.info("fetch: package %s", spec)
@@ -81,6 +79,12 @@ def run(context: StageContext) -> dict[str, Any]:
         counts.setdefault("packages", {})[spec] = made
     _tidy(context.out, [packages.folder_name(spec) for spec in wanted_packages(context.config)])
     return counts
+
+
+def check(config: Config, folder: Path, log: logging.Logger) -> None:
+    """Refuse a model of another shape than the configuration's, before anything is made of it."""
+    model = (folder / "model").resolve()
+    check_shape(read_config(model), config.model, model, log)
 
 
 def wanted_packages(config: Config) -> list[str]:

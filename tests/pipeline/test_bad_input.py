@@ -161,7 +161,6 @@ def test_a_model_of_another_shape(root, capsys):
     shutil.rmtree(root / "model")
     save_llama(root / "model", num_hidden_layers=3, num_key_value_heads=1)
     message = refused(capsys, *command(root, "fetch"))
-    assert finished(root, "fetch") == []
     assert message == (
         f"{root}/model/config.json: a checkpoint of another shape: model.num_layers: found 3, "
         "expected 2; model.num_kv_heads: found 1, expected 2; save the lines above as "

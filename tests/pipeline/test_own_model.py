@@ -14,7 +14,7 @@ from pipeline.advice import LEAST_BASES, advice, least_base
 from pipeline.model_source import check_shape, read_config
 from pipeline.overrides import with_experiment
 from pipeline.schema import Config, ModelSection
-from pipeline.stages import evaluate
+from pipeline.stages import data_prep, evaluate
 from pipeline.validation import CHAIN, ConfigError
 from tests.pipeline.running import composed, refused, run
 from tests.pipeline.test_config import RECIPES, config
@@ -69,18 +69,21 @@ def test_what_the_configuration_states_is_kept_and_checked_by_fetch(llama, caplo
 
 def test_fetch_refuses_another_shape_before_data_prep(llama, tmp_path, capsys):
     keys = (f"model.source={llama}", f"outputs={tmp_path / 'out'}")
-    code, lines = run(capsys, *keys)
-    assert code == 2 and "data_prep: starts" not in lines
-    assert "model.num_layers: found 1, expected 8" in lines[-1]
-    assert "set model=NAME, set model=auto for a local folder" in lines[-1]
+    # Also where the folder is fetched already.
+    for state in ("fetch: starts", "fetch: up to date"):
+        code, lines = run(capsys, *keys)
+        assert code == 2 and "data_prep: starts" not in lines
+        assert any(line.startswith(state) for line in lines)
+        assert "model.num_layers: found 1, expected 8" in lines[-1]
+        assert "set model=NAME, set model=auto for a local folder" in lines[-1]
 
 
 REFUSED = {
     "model=llama_1b data.seq_length=null": r"data.seq_length: has no value; set it to the new",
     "model.source=null": r"model.source: has no value; set model.source=FOLDER",
-    "model.source=NAME/MODEL": r"model.num_layers.*only a local folder's config.json "
-    r"gives them; download it \(hf download NAME/MODEL --local-dir FOLDER\) and set model.source",
-    "model.source=random": r"model.num_layers.*config.json gives them; choose a conf/model file",
+    "model.source=NAME/MODEL": r"the shape is not stated \(model.num_layers has no value\).*"
+    r"download it \(hf download NAME/MODEL --local-dir FOLDER\) and set model.source=FOLDER, or",
+    "model.source=random": r"of a local folder only; choose a conf/model file with model=NAME",
     "model.source=/nowhere": r"model.source='/nowhere': is not there; must be a folder",
     "model=llama_1b data.sources=[]": r"at least one source; choose data=NAME, or set data.sources",
 }
@@ -202,6 +205,7 @@ def test_an_evaluation_without_documents_is_refused_before_training(stages, at, 
         return {}
 
     stages.acts["data_prep"] = act
+    stages.modules["data_prep"].check = data_prep.check
     message = refused(capsys, at.outputs)
     assert message.startswith(
         "eval.perplexity.min_length=1024: the longest of 2 held-out documents has 40 tokens; lower"
