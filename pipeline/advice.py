@@ -1,4 +1,4 @@
-"""Warnings about configurations that are legal, and perhaps not what is wanted."""
+"""Warnings about legal configurations that are probably not intended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that a configuration leaves open: the model's shape, the run's name, lengths in tokens."""
+"""Defaults that depend on other values: the model's shape, the run's name, lengths in tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORTEST_NEEDLE = 256
 
 
 def fill_open_values(config: Config) -> None:
-    """Give every value that is null because another one decides it what that one says.
+    """Fill the values that are null because others decide them.
 
     Raises:
         StageError: where rows have no length, or a folder no config.json.

@@ -1,22 +1,22 @@
-"""What the command line itself says: whose model and text a run is about."""
+"""The experiment that a command line runs, where it names a model or text and no experiment."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Who overrides one of these has a model or text of his own.
+# A command that sets one of these brings its own model or text.
 OWN_KEYS = ("model", "model.source", "data", "data.sources")
 OWN = "experiment=own"
 
 
 def keys_of(arguments: Sequence[str]) -> list[str]:
-    """Keys of the arguments that are overrides, without Hydra's signs before them."""
+    """Return the keys of the arguments that are overrides, without Hydra's `+` and `~`."""
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     return [word.split("=")[0].lstrip("+~").split("@")[0] for word in words]
 
 
 def with_experiment(arguments: Sequence[str]) -> list[str]:
-    """The arguments, and `experiment=own` where a model or data are named without an experiment.
+    """Return the arguments, with `experiment=own` where they name a model or data alone.
 
     The default recipe's schedule, pattern and RoPE base are made for its own tiny model.
     """
@@ -26,6 +26,6 @@ def with_experiment(arguments: Sequence[str]) -> list[str]:
 
 
 def replaced(arguments: Sequence[str]) -> list[str]:
-    """The keys of OWN_KEYS that replace those of an experiment named beside them."""
+    """Return the keys of OWN_KEYS that replace values of the experiment that is named too."""
     keys = keys_of(arguments)
     return [key for key in OWN_KEYS if key in keys] if OWN not in arguments else []

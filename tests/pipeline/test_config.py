@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from model.config import describe_schedule, resolve_schedule
+from pipeline.advice import advice
 from pipeline.schema import register_defaults
-from pipeline.validation import ConfigError, parse
+from pipeline.validation import CHAIN, ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 # own, which recipes start from, needs a model and texts.
@@ -37,8 +38,10 @@ def schedule_of(recipe, *overrides):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_composes(recipe):
-    assert config(f"experiment={recipe}").name == recipe
+def test_every_recipe_composes_and_needs_no_advice(recipe):
+    found = config(f"experiment={recipe}")
+    assert found.name == recipe
+    assert list(advice(found, CHAIN)) == []
 
 
 @pytest.mark.parametrize(
