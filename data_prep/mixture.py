@@ -85,6 +85,12 @@ class Mixture:
             if skips.counts:
                 log.warning(f"{pool.name}: left out {skips.describe()}")
             log.info(audit.describe(rows[i]))
+            if not self.held[i].any() and units.source.needles is None:
+                log.warning(
+                    f"{pool.name}: none of its {len(pool.lengths):,} documents is held out, so "
+                    "that validation and evaluation show nothing of it; raise data.held_out or "
+                    "data.held_out_tokens, or give it more documents (of format=text, more files)"
+                )
             if choice.epochs > 1:
                 log.warning(
                     f"{pool.name}: smaller than its share of {units.share:,} tokens, so its "

@@ -18,6 +18,7 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from pipeline.overrides import with_experiment  # noqa: E402
 from pipeline.runner import execute  # noqa: E402
 from pipeline.schema import register_defaults  # noqa: E402
 
@@ -52,4 +53,5 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = with_experiment(sys.argv[1:])
     main()

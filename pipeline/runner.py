@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
+from pipeline.advice import advice
 from pipeline.console_log import NAME, TerminalHandler, console_log
 from pipeline.manifest import (
     StageContext,
@@ -63,7 +64,8 @@ def _log_to_terminal() -> None:
 
 
 def stage_module(stage: str) -> ModuleType:
-    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run."""
+    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run, and
+    perhaps check."""
     return importlib.import_module(f"pipeline.stages.{stage}")
 
 
@@ -90,6 +92,11 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             f"{path}: {os.strerror(number)}; free space there, or set outputs=OTHER_DISK, and run "
             "again"
         ) from error
+
+
+def _another(stage: str) -> str:
+    """The key that gives the stage another folder."""
+    return getattr(stage_module(stage), "ANOTHER", "variant=NAME")
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
@@ -174,9 +181,22 @@ class Runner:
             depends_on = json.loads(
                 json.dumps(stage_module(stage).depends_on(self.config), default=str)
             )
-            inputs = {name: self.wanted(name)[2] for name in stage_inputs(stage, self.config)}
+            inputs = {name: self._input_id(name) for name in stage_inputs(stage, self.config)}
             self._wanted[stage] = depends_on, inputs, digest([stage, depends_on, inputs])
         return self._wanted[stage]
+
+    def _input_id(self, stage: str) -> str:
+        """The id that an input must have: of a stage that is read AS_RECORDED, the one it has."""
+        recorded = getattr(stage_module(stage), "AS_RECORDED", False)
+        manifest = read_manifest(self.folder(stage)) if recorded else None
+        if manifest is None or not self._same_inputs(stage, manifest):
+            return self.wanted(stage)[2]
+        return manifest["id"]
+
+    def _same_inputs(self, stage: str, manifest: dict[str, Any]) -> bool:
+        wanted = self.wanted(stage)[1]
+        both = wanted.keys() & manifest["inputs"].keys()
+        return all(wanted[name] == manifest["inputs"][name] for name in both)
 
     def folder(self, stage: str) -> Path:
         """Where the stage's finished folder lies, or will lie."""
@@ -207,7 +227,7 @@ class Runner:
         """The finished folder of an input; StageError where it is absent or of another config."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
-        if manifest is None or manifest["id"] != self.wanted(stage)[2]:
+        if manifest is None or manifest["id"] != self._input_id(stage):
             state = "is missing" if manifest is None else "was made with another configuration"
             raise StageError(f"{folder}: {state}; run stage={stage} first")
         return folder
@@ -231,7 +251,7 @@ class Runner:
                 raise StageError(
                     f"{out}: holds unfinished work of another configuration ("
                     + "; ".join(changed_keys(left, record))
-                    + "); choose variant=NAME for the new one, or force=true to drop the old"
+                    + f"); choose {_another(stage)} for the new one, or force=true to drop the old"
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True)
@@ -252,6 +272,11 @@ class Runner:
             if counts is None and (launched() or size == 1):
                 counts = self._work(stage)
         return self._employ(stage, size) if counts is None else counts
+
+    def check(self, stage: str) -> None:
+        """Let the stage refuse what it has made, or found made, where this run cannot use it."""
+        if own := getattr(stage_module(stage), "check", None):
+            own(self.config, self.folder(stage), logging.getLogger(f"longgen.{stage}"))
 
     @contextmanager
     def _lock(self, stage: str) -> Iterator[None]:
@@ -291,7 +316,7 @@ class Runner:
             changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
             raise StageError(
                 f"{final}: was made with another configuration ({'; '.join(changes)}); choose "
-                "variant=NAME to keep it, or force=true to redo it"
+                f"{_another(stage)} to keep it, or force=true to redo it"
             )
         for name in inputs:
             self.finished(name)
@@ -384,8 +409,11 @@ def _execute(composed: DictConfig, arguments: Sequence[str], files: ExitStack) -
         told = config.name, config.variant, config.device, of
         files.enter_context(console_log(runner.root / config.name / config.variant / NAME))
         log.info("experiment %s, variant %s, device %s%s", *told)
+        for line in advice(config, stages, arguments):
+            log.warning("%s", line)
         for stage in stages:
             counts = runner.run(stage)
+            runner.check(stage)
     except USER_ERRORS as error:
         first = team.fail(USER_ERROR)
         team.say(str(error))

@@ -28,23 +28,24 @@ class ModelSection:
     """conf/model: where the pretrained weights come from and the shape they must have.
 
     source: a folder, a .gguf file, a hub id, "pypi:NAME==VERSION" (a package that holds a GGUF
-    file) or "random" (a fresh model and a BPE vocabulary trained on the standard library).
+    file) or "random" (a fresh model and a BPE vocabulary trained on the standard library). name
+    and shape: null reads them from a local folder and its config.json.
     """
 
-    name: str = "???"
-    source: str = "???"
+    name: str | None = "???"
+    source: str | None = "???"
     revision: str | None = None
-    num_layers: int = 0
-    hidden_size: int = 0
-    ffn_hidden_size: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    vocab_size: int = 0
-    max_positions: int = 0
-    norm_eps: float = 1e-5
-    rope_base: float = 1e4
-    tie_embeddings: bool = False
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    norm_eps: float | None = 1e-5
+    rope_base: float | None = 1e4
+    tie_embeddings: bool | None = False
     allow_pickle: bool = False
 
 
@@ -116,6 +117,7 @@ RECOMPUTE = ("none", "attention", "full")
 class TrainSection:
     """conf/train: optimisation. Sizes in rows of data.seq_length tokens.
 
+    position_bucket: positions whose held-out loss is averaged; null: a sixteenth of a row.
     recompute: what a layer keeps for its backward, which computes the rest again. none: all that
     autograd saves; attention: its input and the attention's output; full: its input.
     offload_activations: what is kept waits in pinned host memory. mlp_tile: tokens that the MLP's
@@ -149,7 +151,7 @@ class TrainSection:
     log_every: int = 1
     validate_every: int = 50
     validation_rows: int = 8
-    position_bucket: int = 2048
+    position_bucket: int | None = None
     save_every: int = 50
     keep_last: int = 2
     save_background: bool = True
@@ -370,7 +372,7 @@ class InspectSection:
 class Config:
     """The whole configuration of one run."""
 
-    name: str = "???"
+    name: str | None = "???"
     variant: str = "main"
     stage: str = "chain"
     force: bool = False

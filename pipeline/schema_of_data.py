@@ -79,7 +79,7 @@ class DataSection:
     mixture: str | None = None
     mixtures: dict[str, dict[str, float]] = field(default_factory=dict)
     sources: list[SourceSection] = field(default_factory=list)
-    seq_length: int = 1024
+    seq_length: int | None = 1024
     tokens: int | None = None
     held_out: float = 0.05
     held_out_tokens: int | None = None

@@ -5,22 +5,26 @@ from dataclasses import dataclass, field
 
 @dataclass
 class PerplexitySection:
-    """Perplexity by position on held-out documents of at least `min_length` tokens."""
+    """Perplexity by position on held-out documents of at least `min_length` tokens.
+
+    null: min_length and max_length are data.seq_length, and a bucket a sixteenth of it.
+    """
 
     documents: int = 16
-    min_length: int = 1024
-    max_length: int = 1024
-    bucket: int = 2048
+    min_length: int | None = None
+    max_length: int | None = None
+    bucket: int | None = None
 
 
 @dataclass
 class NiahSection:
     """Needle in a haystack: lengths in tokens, depths in percent, samples per cell.
 
+    lengths: null: data.seq_length, its half, quarter and eighth.
     needles: how many one prompt hides, each number a map of its own; the first lies at the depth.
     """
 
-    lengths: list[int] = field(default_factory=lambda: [512, 1024])
+    lengths: list[int] | None = None
     depths: list[int] = field(default_factory=lambda: [0, 25, 50, 75, 100])
     needles: list[int] = field(default_factory=lambda: [1])
     samples: int = 2
@@ -31,6 +35,7 @@ class NiahSection:
 class RulerSection:
     """RULER: samples of each task and length; a length counts prompt and answer.
 
+    lengths: null: data.seq_length.
     data: a folder with squad.json and hotpotqa.json, which qa_1 and qa_2 read; words: one with
     wonderwords' lists, null for generated words. Either may be "pypi:NAME==VERSION".
     """
@@ -42,7 +47,7 @@ class RulerSection:
             *("vt", "cwe", "fwe", "qa_1", "qa_2"),
         ]
     )
-    lengths: list[int] = field(default_factory=lambda: [1024])
+    lengths: list[int] | None = None
     samples: int = 2
     seed: int = 1
     data: str | None = None
@@ -51,10 +56,13 @@ class RulerSection:
 
 @dataclass
 class BabilongSection:
-    """BABILong qa1 to qa5. folder: its published files (qa1/4k.json); null: simulated worlds."""
+    """BABILong qa1 to qa5. folder: its published files (qa1/4k.json); null: simulated worlds.
+
+    lengths: null: data.seq_length.
+    """
 
     tasks: list[str] = field(default_factory=lambda: ["qa1", "qa2", "qa3", "qa4", "qa5"])
-    lengths: list[int] = field(default_factory=lambda: [1024])
+    lengths: list[int] | None = None
     samples: int = 2
     seed: int = 1
     folder: str | None = None

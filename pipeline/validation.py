@@ -12,6 +12,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
+from pipeline.manifest import StageError
+from pipeline.open_values import fill_open_values
 from pipeline.planning.rates import GPUS
 from pipeline.refusals import MEANINGFUL_NAME, ConfigError
 from pipeline.refusals import at_least as _at_least
@@ -332,12 +334,12 @@ def parse(composed: DictConfig) -> Config:
         raise ConfigError(
             f"{error.full_key}: {reason}; its type is in pipeline/schema.py; set it to such a value"
         ) from error
-    for check in CHECKS:
+    for check in (fill_open_values, *CHECKS):
         try:
             check(config)
         except ConfigError:
             raise
-        except ValueError as error:
+        except (ValueError, StageError) as error:
             raise ConfigError(str(error)) from error
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -50,8 +50,12 @@ def check_data(config: Config) -> None:
     if data.upsample is not None:
         at_least(config, "data.upsample.threshold", 1)
     choice(config, "data.packing", ("concat", "best_fit"))
-    if not data.sources:
-        refuse("data.sources", [], "must name at least one source", "choose data=NAME")
+    # A plan and a benchmark read no text.
+    if not data.sources and config.stage not in ("plan", "benchmark"):
+        remedy = (
+            "choose data=NAME, or set data.sources='[{name: mine, path: FOLDER, format: text}]'"
+        )
+        refuse("data.sources", [], "must name at least one source", remedy)
     _check_sources("data.sources", data.sources)
     if data.decontaminate is not None:
         at_least(config, "data.decontaminate.tokens", 2)

@@ -144,12 +144,11 @@ def _run(
 
 def _own_keys(config: Config, corpus: Path, model: Path, scratch: Path) -> list[str]:
     source = f"{{name: corpus, path: {json.dumps(str(corpus))}, format: jsonl}}"
-    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     return [
         f"outputs={scratch}",
+        "experiment=own",
         "device=cpu",
         f"model.source={model}",
-        f"model.vocab_size={vocab_size}",
         f"data.sources=[{source}]",
         f"data.seq_length={config.data.seq_length}",
         "data.tokens=null",

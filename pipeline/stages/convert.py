@@ -5,9 +5,7 @@ Tensor by tensor: in memory are what is not yet written of one shard, one tensor
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ import torch
 
 from model.config import ModelConfig
 from model.mapping import (
-    MappingError,
-    config_from_hf,
     hf_shapes,
     megatron_to_hf_names,
     merge,
@@ -25,16 +21,16 @@ from model.mapping import (
 )
 from model.weights import DTYPES, WeightFolder, write_weights
 from pipeline.manifest import StageContext, StageError
+from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config
 from pipeline.progress import track_tensors
-from pipeline.schema import DIMENSIONS, Config, ModelSection
+from pipeline.schema import Config
 
 INPUTS = ("fetch",)
-SHAPE_FIELDS = (*DIMENSIONS, "tie_embeddings")
 
 
 def depends_on(config: Config) -> dict[str, Any]:
     """The shape that the checkpoint must have, and whether pickles may be read."""
-    fields = (*SHAPE_FIELDS, "norm_eps", "rope_base", "allow_pickle")
+    fields = (*SHAPE_FIELDS, "allow_pickle")
     return {"model": {field: getattr(config.model, field) for field in fields}}
 
 
@@ -47,7 +43,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     source = context.folder("fetch") / "model"
     model = read_config(source)
-    check_shape(model, context.config.model, source)
+    check_shape(model, context.config.model, source, context.log)
     weights = WeightFolder(source, context.config.model.allow_pickle)
     ignored = check_tensors(weights, model)
     for name in ignored:
@@ -66,39 +62,6 @@ def run(context: StageContext) -> dict[str, Any]:
         counts["bytes"] / 1e9,
     )
     return {**counts, "ignored": ignored}
-
-
-def read_config(source: Path) -> ModelConfig:
-    """The shape of a Hugging Face folder's model."""
-    path = source / "config.json"
-    try:
-        return config_from_hf(json.loads(path.read_text()))
-    except MappingError:
-        raise
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"{path}: cannot be read as JSON ({error}); fetch the model again with stage=fetch "
-            "force=true"
-        ) from error
-
-
-def check_shape(model: ModelConfig, section: ModelSection, source: Path) -> None:
-    """Refuse a checkpoint of another shape than the configuration's model section."""
-    wrong = []
-    for field in SHAPE_FIELDS:
-        found, expected = getattr(model, field), getattr(section, field)
-        if found != expected:
-            wrong.append(f"model.{field}: found {found}, expected {expected}")
-    for field, found in (("norm_eps", model.norm_eps), ("rope_base", model.rope["rope_theta"])):
-        expected = getattr(section, field)
-        # Some formats keep these as float32.
-        if not math.isclose(found, expected, rel_tol=1e-6):
-            wrong.append(f"model.{field}: found {found}, expected {expected}")
-    if wrong:
-        raise StageError(
-            f"{source / 'config.json'}: a checkpoint of another shape: {'; '.join(wrong)}; choose "
-            "the conf/model file of this checkpoint or another model.source"
-        )
 
 
 def check_tensors(weights: WeightFolder, model: ModelConfig) -> list[str]:

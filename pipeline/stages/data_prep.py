@@ -31,6 +31,7 @@ from data_prep.shards import IndexedWriter, disk_errors, token_dtype, write_whol
 from data_prep.sources import STDLIB, DataError, Skips, Source, fingerprint
 from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer
 from data_prep.worker import CheckTask, HashTask, Setup
+from pipeline.advice import held_out_shortage
 from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.packages import folder_name
 from pipeline.progress import track_parts
@@ -176,6 +177,16 @@ def run(context: StageContext) -> dict[str, Any]:
     }
     write_whole(out / AUDIT, (json.dumps(counts, indent=2) + "\n").encode())
     return _tidied(out)
+
+
+def check(config: Config, folder: Path, log: logging.Logger) -> None:
+    """Refuse held-out documents that the chain's evaluation cannot use, before hours of training.
+
+    Raises:
+        StageError: where none is long enough.
+    """
+    if config.stage == "chain" and (lacking := held_out_shortage(config, folder)):
+        raise StageError(lacking)
 
 
 def _tidied(out: Path) -> dict[str, Any]:

@@ -42,6 +42,9 @@ from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
 
 RESUMABLE = True
 DISTRIBUTED = True
+# What was evaluated stands in its manifest and records: stage=report needs no eval key again.
+AS_RECORDED = True
+ANOTHER = "eval.name=NAME, which evaluates into a folder of its own and trains nothing again,"
 # Asked a prompt and graded by its answer; measured on what the model computes.
 ASKED: dict[str, ModuleType] = {"niah": niah, "ruler": ruler, "babilong": babilong}
 MEASURED: dict[str, ModuleType] = {

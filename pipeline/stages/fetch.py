@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import packages
 from pipeline.manifest import StageContext, StageError, digest
+from pipeline.model_source import check_shape, local_path, read_config, source_kind
 from pipeline.schema import Config, ModelSection, section_shape
 from pipeline.schema_of_data import SourceSection
 
@@ -20,12 +21,6 @@ INPUTS = ()
 # Each part is made under a temporary name that tells its source, so that a half-done folder may be
 # continued whatever was asked for before.
 RESUMABLE = True
-SOURCES = (
-    'a folder with a Hugging Face Llama, a .gguf file, a hub id such as "NAME/MODEL", '
-    '"pypi:NAME==VERSION" or "random"'
-)
-ROOT = Path(__file__).resolve().parents[2]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
 
@@ -86,34 +81,10 @@ def run(context: StageContext) -> dict[str, Any]:
     return counts
 
 
-def source_kind(source: str) -> str:
-    """Which kind of source this is: "random", "pypi", "gguf", "folder" or "hub".
-
-    Raises:
-        StageError: on a path that does not exist or a string that is none of them.
-    """
-    path = local_path(source)
-    if source == "random":
-        return "random"
-    if source.startswith("pypi:"):
-        packages.check_spec(source)
-        return "pypi"
-    if path.is_dir():
-        return "folder"
-    if path.is_file() and path.suffix == ".gguf":
-        return "gguf"
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf"
-    if HUB_ID.fullmatch(source) and not path.exists() and not looks_local:
-        return "hub"
-    found = "is neither a folder nor a .gguf file" if path.exists() else "is not there"
-    raise StageError(f"model.source={source!r}: {found}; must be {SOURCES}; set model.source")
-
-
-def local_path(source: str) -> Path:
-    """Where a local source lies; one that is not below the working directory, in the repository."""
-    path = Path(source).expanduser()
-    own = ROOT / path
-    return own if not path.exists() and own.exists() else path
+def check(config: Config, folder: Path, log: logging.Logger) -> None:
+    """Refuse a model of another shape than the configuration's, before anything is made of it."""
+    model = (folder / "model").resolve()
+    check_shape(read_config(model), config.model, model, log)
 
 
 def wanted_packages(config: Config) -> list[str]:

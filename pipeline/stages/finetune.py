@@ -12,6 +12,7 @@ import torch
 from kernels.pattern import Pattern
 from model.config import ModelConfig, describe_schedule, resolve_schedule
 from model.weights import WeightFolder
+from pipeline.advice import held_out_shortage
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
 from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
@@ -100,6 +101,8 @@ def run(context: StageContext) -> dict[str, Any]:
         shape.save(out / "model.json")
     log.info("finetune: layers %s, %s", describe_schedule(shape.is_full), shape.pattern)
     log.info("finetune: to save and stop: touch %s", out / TRIGGER)
+    if lacking := held_out_shortage(config, context.folder("data_prep")):
+        log.warning("stage=evaluate will stop: %s", lacking)
     model = build_model(config, shape, layout)
     weights = WeightFolder(context.folder("convert"))
     odd = sorted({name for name, _ in model.named_parameters()} ^ set(weights))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.advice import shortage
 from pipeline.evaluated_model import Evaluated
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection
@@ -30,15 +31,10 @@ def build(section: EvalSection, material: Material) -> list[DocumentSample]:
     """
     wanted, documents = section.perplexity, material.documents
     lengths = [len(document) for document in documents]
+    if lacking := shortage(section, lengths):
+        raise StageError(lacking)
     least = max(2, wanted.min_length)
     enough = [index for index, length in enumerate(lengths) if length >= least]
-    if not enough:
-        raise StageError(
-            f"eval.perplexity.min_length={wanted.min_length}: the longest of {len(lengths)} "
-            f"held-out documents has {max(lengths, default=0)} tokens; lower "
-            "eval.perplexity.min_length, or hold out more or longer documents (data.held_out, "
-            "data.held_out_tokens)"
-        )
     count = min(wanted.documents, len(enough))
     chosen = [enough[i * len(enough) // count] for i in range(count)]
     return [

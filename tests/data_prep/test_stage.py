@@ -152,6 +152,19 @@ def test_strict_refuses_the_broken_line(fetched, tmp_path):
         run(fetched, tmp_path / "out", strict=True)
 
 
+def test_a_source_of_which_nothing_is_held_out_is_named(fetched, tmp_path, caplog):
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "one.txt").write_text("a llama eats grass and hay " * 200)
+    lines = SourceSection("lines", str(fetched / "lines"), format="jsonl")
+    with caplog.at_level("WARNING"):
+        counts = run(fetched, tmp_path / "out", sources=[lines, SourceSection("few", str(few))])
+    assert [row["held_out"]["documents"] > 0 for row in counts["sources"]] == [True, False]
+    assert "few: none of its 1 documents is held out, so that validation" in caplog.text
+    assert "raise data.held_out or data.held_out_tokens" in caplog.text
+    assert "lines: none of its" not in caplog.text
+
+
 def test_weights_without_budget_are_said_to_have_no_effect(fetched, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         run(fetched, tmp_path / "out")

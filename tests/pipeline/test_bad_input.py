@@ -160,12 +160,12 @@ def test_a_model_of_pickles_alone(root, capsys):
 def test_a_model_of_another_shape(root, capsys):
     shutil.rmtree(root / "model")
     save_llama(root / "model", num_hidden_layers=3, num_key_value_heads=1)
-    message = refused_after_fetch(capsys, root, "convert")
-    (fetched,) = finished(root, "fetch")
+    message = refused(capsys, *command(root, "fetch"))
     assert message == (
-        f"{fetched}/model/config.json: a checkpoint of another shape: model.num_layers: found 3, "
-        "expected 2; model.num_kv_heads: found 1, expected 2; choose the conf/model file of this "
-        "checkpoint or another model.source"
+        f"{root}/model/config.json: a checkpoint of another shape: model.num_layers: found 3, "
+        "expected 2; model.num_kv_heads: found 1, expected 2; save the lines above as "
+        "conf/model/NAME.yaml and set model=NAME, set model=auto for a local folder, or choose "
+        "another model.source"
     )
     keys = ("model.num_layers=3", "model.num_kv_heads=1")
     assert mended(capsys, root, "convert", *keys)["bit_exact"] == 3 * 9 + 3

@@ -9,9 +9,8 @@ import pytest
 from pipeline.benchmarks import data_prep
 from pipeline.benchmarks.data_prep import OURS, Runs, table
 from pipeline.manifest import StageError
-from tests.data_prep.helpers import save_model_folder
 from tests.pipeline.running import refused, run
-from tests.pipeline.small_run import texts
+from tests.pipeline.small_run import save_llama, texts
 
 
 def test_ratios_are_of_medians_and_the_least_of_extremes():
@@ -47,8 +46,7 @@ def test_without_a_corpus_it_says_what_to_set(tmp_path, capsys):
 @pytest.mark.slow
 def test_our_own_run_is_measured_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_prep, "PEERS", {})
-    model = save_model_folder(tmp_path / "model")
-    (model / "config.json").write_text(json.dumps({"vocab_size": 420}))
+    model = save_llama(tmp_path / "model")
     (tmp_path / "texts").mkdir()
     lines = [json.dumps({"text": text}) for text in texts(30)]
     (tmp_path / "texts/a.jsonl").write_text("\n".join(lines))

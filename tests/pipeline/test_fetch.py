@@ -5,7 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from model import gguf_import, random_llama
 from pipeline import packages
@@ -54,10 +54,23 @@ def unpacked(monkeypatch) -> list[str]:
     return asked
 
 
-def hf_folder(folder: Path) -> Path:
+def hf_folder(folder: Path, **changes) -> Path:
+    """A Llama's folder of SHAPE without its weights; `changes` are of its config.json."""
     folder.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).write_text("{}")
+    config = LlamaConfig(
+        num_hidden_layers=SHAPE["num_layers"],
+        hidden_size=SHAPE["hidden_size"],
+        intermediate_size=SHAPE["ffn_hidden_size"],
+        num_attention_heads=SHAPE["num_heads"],
+        num_key_value_heads=SHAPE["num_kv_heads"],
+        head_dim=SHAPE["head_dim"],
+        vocab_size=SHAPE["vocab_size"],
+        max_position_embeddings=SHAPE["max_positions"],
+        rms_norm_eps=1e-5,
+    )
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **changes}))
     return folder
 
 
