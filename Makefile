@@ -61,7 +61,7 @@ test-all: $(READY)
 	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-cpus: $(READY)
-	@failed=; for cpu in $(CPUS); do \
+	@export OMP_WAIT_POLICY=passive; failed=; for cpu in $(CPUS); do \
 		case "$$cpu" in *avx512*) grep -q avx512f /proc/cpuinfo || \
 			{ echo "skipped, no AVX-512 here: $$cpu"; continue; };; esac; \
 		echo "$$cpu"; \
