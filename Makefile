@@ -8,14 +8,15 @@ READY := $(VENV)/.ready
 INSTALL_ENV := DS_BUILD_OPS=0 DS_ACCELERATOR=cpu
 # The tests of a file share fixtures, and processes that wait for each other leave a core idle.
 TWO_AT_ONCE := -n 2 --dist loadfile
-# Kernels of torch, MKL and oneDNN for other processors, and threads. MKL_CBWR is for AMD's, on which
-# MKL_ENABLE_INSTRUCTIONS has no effect.
-SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
-ANY := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41
-AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
-AVX512 := ATEN_CPU_CAPABILITY=avx512 MKL_ENABLE_INSTRUCTIONS=AVX512
-CPUS := "$(SSE) OMP_NUM_THREADS=1" "$(ANY) OMP_NUM_THREADS=2" \
-	"$(AVX2) OMP_NUM_THREADS=2" "$(AVX512) OMP_NUM_THREADS=2"
+# Kernels of torch, MKL, oneDNN and NumPy's OpenBLAS for other processors, and threads. MKL_CBWR is
+# for AMD's, on which MKL_ENABLE_INSTRUCTIONS has no effect.
+OLD := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+AVX512 := ATEN_CPU_CAPABILITY=avx512 OPENBLAS_CORETYPE=SkylakeX
+CPUS := "$(OLD) MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1" \
+	"$(OLD) MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2" \
+	"$(AVX2) MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=2" \
+	"$(AVX512) MKL_ENABLE_INSTRUCTIONS=AVX512 OMP_NUM_THREADS=2"
 NUMERICAL := tests/kernels tests/model tests/training tests/pipeline
 
 .PHONY: help setup demo demo-base test test-all test-gpu test-cpus lint check-install clean
@@ -68,7 +69,7 @@ test-gpu: $(READY)
 	  tests/pipeline tests/training tests/model tests/kernels
 
 test-cpus: $(READY)
-	@failed=; for cpu in $(CPUS); do \
+	@export OMP_WAIT_POLICY=passive; failed=; for cpu in $(CPUS); do \
 		case "$$cpu" in *avx512*) grep -q avx512f /proc/cpuinfo || \
 			{ echo "skipped, no AVX-512 here: $$cpu"; continue; };; esac; \
 		echo "$$cpu"; \
