@@ -28,8 +28,14 @@ class TerminalHandler(logging.StreamHandler):
 
 
 class _FileHandler(logging.FileHandler):
+    """Goes on without a line that cannot be written: a full disk stops the stage, not its log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on without the line: a full disk is reported by the stage that it stops."""
+        pass
 
 
 @contextmanager

@@ -108,6 +108,8 @@ class Reporter:
         try:
             yield update
         finally:
+            # Also where all of it took less time than a refresh.
+            self._progress.refresh()
             self._progress.remove_task(bar)
 
 

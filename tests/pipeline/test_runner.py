@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline import runner
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped, changed_keys
+from pipeline.stages import finetune
 from pipeline.validation import CHAIN, parse
 from tests.pipeline.fake_stages import raising
 from tests.pipeline.running import composed, refused, run
@@ -260,6 +262,53 @@ def test_what_stops_a_run_and_its_exit_code(stages, at, capsys, error, code, lin
     del stages.acts["finetune"]
     assert run(capsys, at.outputs)[0] == 0
     assert written(at.run / "finetune") == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "line"),
+    [
+        ("finetune", 0, "no checkpoint was saved; the same command starts again from step 0"),
+        ("finetune", 20, "the same command continues from step 20"),
+        ("convert", None, "convert saved nothing; the same command starts it again"),
+        ("generate", None, "generate saved nothing; the same command starts it again"),
+    ],
+)
+def test_what_the_same_command_does_after_ctrl_c(stages, at, capsys, stage, step, line):
+    assert run(capsys, at.outputs)[0] == 0
+    if step is not None:
+        stages.modules[stage].saved_step = finetune.saved_step
+
+    def act(context):
+        if step:
+            (context.out / f"checkpoints/step_{step:06d}").mkdir(parents=True)
+            (context.out / "checkpoints/latest").write_text(f"step_{step:06d}\n")
+        raise KeyboardInterrupt
+
+    stages.acts[stage] = act
+    code, lines = run(capsys, at.outputs, f"stage={stage}", "force=true")
+    assert (code, lines[-1]) == (130, f"interrupted; {line}")
+
+
+def test_the_console_log_has_every_command_of_the_run(stages, at, capsys):
+    assert run(capsys, at.outputs, "stage=fetch")[0] == 0
+    stages.acts["convert"] = raising(MemoryError("no more"))
+    with pytest.raises(MemoryError):
+        run(capsys, at.outputs)
+    del stages.acts["convert"]
+    code, lines = run(capsys, at.outputs)
+    text = (at.run / "console.log").read_text()
+    dated = [line[20:] for line in text.splitlines() if re.match(r"20\d\d-\d\d-\d\d \d\d:", line)]
+    assert code == 0 and dated[-len(lines) :] == lines
+    assert dated.count("experiment tiny, variant main, device cpu") == 3
+    assert dated.count("fetch: starts") == 1 and "MemoryError: no more" in text.splitlines()
+    # One a run, whichever of its folders a stage writes.
+    assert [path for path in at.root.rglob("*.log")] == [at.run / "console.log"]
+
+
+def test_a_console_log_that_cannot_be_written_stops_nothing(stages, at, capsys):
+    (at.run / "console.log").mkdir(parents=True)
+    assert run(capsys, at.outputs, "stage=fetch")[0] == 0
+    assert stages.calls == ["fetch"]
 
 
 @pytest.mark.parametrize("kind", [StageError, DataError, MappingError, WeightsError])

@@ -9,7 +9,6 @@ import torch
 
 from model.config import ModelConfig
 from model.mapping import megatron_shape, megatron_to_hf_names
-from pipeline import progress
 from pipeline.manifest import StageContext
 from pipeline.schema import DIMENSIONS, Config, ModelSection
 from pipeline.stages import convert, export
@@ -115,22 +114,3 @@ def test_export_of_a_checkpoint_does_too(tmp_path, prepare, layout):
     assert found["result"]["shards"] > 3
     assert (found["anonymous"] < bound(WIDE, tmp_path / "export", 4)) == (prepare is small_shards)
     assert found["mapped_files"] < 2 * SHARD
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_how_far_it_is_is_said(caplog, monkeypatch, terminal, capsys):
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-    log = logging.getLogger("test.streaming")
-    given = [(f"t{i}", torch.zeros(250_000_000, dtype=torch.uint8)) for i in range(2)]
-    with caplog.at_level(logging.INFO):
-        tracked = progress.track_tensors(given, "convert: written", 2, 500_000_000, log)
-        assert [name for name, _ in tracked] == ["t0", "t1"]
-    if terminal:
-        assert not caplog.messages
-        assert "convert: written: 2 of 2 tensors" in capsys.readouterr().out
-    else:
-        first, last = caplog.messages
-        assert first.startswith("convert: written: 1 of 2 tensors, 0.2 of 0.5 GB, ")
-        assert last.endswith("GB/s, 0 s left")

@@ -189,6 +189,9 @@ def test_a_warning_of_all_ranks_is_given_once_each_time():
 
     assert [given(rank, "left out") for rank in (1, 0, 1, 0, 1)] == [True, False, True, False, True]
     assert given(0, "slow disk") and given(0, "slow disk")
+    # Both handlers of a process, the terminal's and the file's, are told the same.
+    record = logging.makeLogRecord({"msg": "for both", "levelno": logging.WARNING})
+    assert teams[0].says(record) and teams[0].says(record)
     assert all(given(rank, "hangs", logging.ERROR) for rank in (0, 1))
     assert all(Team().says(logging.makeLogRecord({"msg": "x", "levelno": 30})) for _ in (0, 1))
 

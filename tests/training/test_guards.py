@@ -1,10 +1,12 @@
 """Stop requests by signal and file; steps left out for NaN and spikes, also after a resume."""
 
+import contextlib
 import json
 import math
 import os
 import random
 import signal
+import threading
 
 import pytest
 
@@ -44,6 +46,28 @@ def test_a_signal_is_noted_and_a_second_one_acts(tmp_path, number):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_acknowledged_once_and_not_by_the_interrupted_thread(tmp_path):
+    """Which may hold the logger's lock, or be inside a write to the terminal."""
+    calls, called = [], threading.Event()
+
+    def acknowledge():
+        calls.append(threading.current_thread())
+        called.set()
+
+    wakeup = signal.set_wakeup_fd(-1)
+    with StopRequest(tmp_path / "stop", acknowledge), contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert called.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert len(calls) == 1 and calls[0] is not threading.main_thread()
+    assert not calls[0].is_alive()
+    # What was there before is there again.
+    assert signal.set_wakeup_fd(wakeup) == -1
+    with StopRequest(tmp_path / "stop", acknowledge):
+        pass
+    assert len(calls) == 1
 
 
 def test_a_file_asks_for_a_stop_once(tmp_path):

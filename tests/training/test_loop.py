@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -146,19 +147,36 @@ def test_weights_without_moments_do_not_resume_the_same(layout, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_sigterm_saves_at_the_step_edge(layout, tmp_path):
-    trainer, start = make_trainer(tmp_path, save_every=100)
-    honest = trainer.step
+@pytest.mark.parametrize(
+    ("number", "save_every", "lost"),
+    [(signal.SIGTERM, 100, "3 steps"), (signal.SIGINT, 2, "1 step")],
+)
+def test_a_signal_is_acknowledged_and_saves_at_the_step_edge(
+    layout, tmp_path, caplog, number, save_every, lost
+):
+    """What a second signal would cost is counted from the newest checkpoint on the disk."""
+    trainer, start = make_trainer(tmp_path, save_every=save_every, save_background=False)
+    honest, said = trainer.step, f"press Ctrl-C again to stop now, losing {lost}"
 
     def step(step, consumed):
         if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+            # While the step goes on.
+            end = time.monotonic() + 10
+            while not any(message.endswith(said) for message in caplog.messages):
+                assert time.monotonic() < end, caplog.messages
+                time.sleep(0.01)
         return honest(step, consumed)
 
     trainer.step = step
-    with pytest.raises(StageStopped) as stopped:
+    with caplog.at_level(logging.INFO, "longgen.training"), pytest.raises(StageStopped) as stopped:
         trainer.run(start)
-    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert stopped.value.exit_code == 128 + number
+    assert sum("saving after this step" in message for message in caplog.messages) == 1
+    (line,) = [m for m in caplog.messages if m.startswith("finetune: train step=2 of_steps=6 ")]
+    assert re.search(r" loss=\d\.\d{4} .* tokens_per_second=\d+ eta_seconds=\d+$", line)
+    (line,) = [m for m in caplog.messages if m.startswith("finetune: validation step=0 ")]
+    assert re.search(r" loss=\d\.\d{4} rows=3 seconds=", line)
     assert checkpoint.newest(tmp_path).name == "step_000003"
 
 
