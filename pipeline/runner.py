@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
 
 from data_prep.sources import DataError
@@ -39,10 +39,10 @@ from pipeline.manifest import (
     finish,
     read_manifest,
 )
-from pipeline.schema import Config
+from pipeline.schema import CHAIN, Config
 from pipeline.schema_of_eval import task_packages
 from pipeline.team import NOTICE, RankFailed, Team, launched
-from pipeline.validation import CHAIN, ConfigError, parse
+from pipeline.validation import ConfigError, parse
 from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers
 
 log = logging.getLogger("longgen")
@@ -55,9 +55,11 @@ PARTIAL = "partial.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _log_to_terminal() -> None:
+def _log_to_terminal(composed: DictConfig) -> None:
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        # What other stages log is what they print; of generate that is the answer alone.
+        generates = OmegaConf.select(composed, "stage") == "generate"
+        handler = logging.StreamHandler(sys.stderr if generates else sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -352,7 +354,7 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
 
     `arguments`: what Python is given to start this same run in another process.
     """
-    _log_to_terminal()
+    _log_to_terminal(composed)
     team = Team()
     try:
         team = _join()

@@ -17,7 +17,8 @@ from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline import runner
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped, changed_keys
-from pipeline.validation import CHAIN, parse
+from pipeline.schema import CHAIN
+from pipeline.validation import parse
 from tests.pipeline.fake_stages import raising
 from tests.pipeline.running import composed, refused, run
 
