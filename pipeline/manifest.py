@@ -73,16 +73,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf in which two configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted(old.keys() | new.keys()):
-            lines += changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")
-        return lines
-    return [] if old == new else [f"{prefix[:-1]}: {old!r} -> {new!r}"]
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     found = {}
@@ -100,17 +90,23 @@ def finish(
     stage: str,
     depends_on: dict[str, Any],
     inputs: dict[str, str],
+    upstream: dict[str, Any],
     counts: dict[str, Any],
     started: float,
 ) -> None:
-    """Write the manifest into `out` and rename it to `final`, replacing what was there."""
+    """Write the manifest into `out` and rename it to `final`, replacing what was there.
+
+    `upstream`: what each of the stages before this one depends on, by its name.
+    """
     manifest = {
         "stage": stage,
         "config": depends_on,
         "inputs": inputs,
+        "upstream": upstream,
         "id": digest([stage, depends_on, inputs]),
         "versions": versions(),
         "counts": counts,
+        "started": started,
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -107,6 +107,8 @@ def main() -> None:
             raise
         print(f"error: {command_line.explain(error, typed)}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = str(int(traced))
     failed = [code for code in codes if code]
     if sweeps and failed:
         print(f"sweep: {len(failed)} of {len(codes)} jobs failed", file=sys.stderr)

@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
+from pipeline.changes import describe_changes
 from pipeline.manifest import (
     StageContext,
     StageError,
     StageStopped,
-    changed_keys,
     digest,
     finish,
     read_manifest,
@@ -55,11 +55,10 @@ PARTIAL = "partial.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def _log_to_terminal(composed: DictConfig) -> None:
+def _log_to_terminal(stage: str | None = None) -> None:
     if not log.handlers:
         # What other stages log is what they print; of generate that is the answer alone.
-        generates = OmegaConf.select(composed, "stage") == "generate"
-        handler = logging.StreamHandler(sys.stderr if generates else sys.stdout)
+        handler = logging.StreamHandler(sys.stderr if stage == "generate" else sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
@@ -194,10 +193,28 @@ class Runner:
         """The finished folder of an input; StageError where it is absent or of another config."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
-        if manifest is None or manifest["id"] != self.wanted(stage)[2]:
-            state = "is missing" if manifest is None else "was made with another configuration"
-            raise StageError(f"{folder}: {state}; run stage={stage} first")
+        if manifest is None:
+            raise StageError(f"{folder}: is missing; run stage={stage} first")
+        if manifest["id"] != self.wanted(stage)[2]:
+            raise StageError(
+                f"{folder}: was made with another configuration "
+                f"({self._changes(stage, manifest)}); set that as it was, choose another "
+                f"variant=NAME, or redo it first by stage={stage} force=true"
+            )
         return folder
+
+    def _upstream(self, stage: str) -> dict[str, Any]:
+        """What every stage before this one depends on, by its name, in the order of the chain."""
+        found: dict[str, Any] = {}
+        for name in self.wanted(stage)[1]:
+            found |= self._upstream(name) | {name: self.wanted(name)[0]}
+        return found
+
+    def _changes(self, stage: str, old: dict[str, Any]) -> str:
+        """In which keys and files a folder's manifest differs from this configuration, in words."""
+        depends_on, inputs, _ = self.wanted(stage)
+        now = self._upstream(stage) | {stage: depends_on}
+        return describe_changes(old, stage, now, inputs, self.config, stage_module)
 
     def _partial_folder(self, stage: str, final: Path, log_: logging.Logger) -> Path:
         """The folder to write in: what a killed run left of a resumable stage, or a new one."""
@@ -208,20 +225,22 @@ class Runner:
         if out.exists():
             try:
                 left = json.loads((out / PARTIAL).read_text())
-            except (OSError, json.JSONDecodeError):
-                left = None
+                same = all(left[key] == value for key, value in record.items())
+            except (OSError, json.JSONDecodeError, KeyError):
+                left, same = None, False
             resumable = getattr(stage_module(stage), "RESUMABLE", False)
-            if resumable and left == record:
+            if resumable and same:
                 log_.info("continuing what an earlier run left")
                 return out
-            if resumable and left is not None and left != record and not self.config.force:
+            if resumable and left is not None and not self.config.force:
                 raise StageError(
-                    f"{out}: holds unfinished work of another configuration ("
-                    + "; ".join(changed_keys(left, record))
-                    + "); choose variant=NAME for the new one, or force=true to drop the old"
+                    f"{out}: holds unfinished work of another configuration "
+                    f"({self._changes(stage, left) or 'it was begun with force=true'}); choose "
+                    "variant=NAME for the new one, or force=true to drop the old"
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True)
+        record |= {"upstream": self._upstream(stage), "started": time.time()}
         (out / PARTIAL).write_text(json.dumps(record, default=str) + "\n")
         return out
 
@@ -266,7 +285,7 @@ class Runner:
             StageError: where the folder is another configuration's, or an input is missing.
         """
         force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
-        depends_on, inputs, wanted_id = self.wanted(stage)
+        _, inputs, wanted_id = self.wanted(stage)
         final = self.folder(stage)
         manifest = read_manifest(final)
         if manifest and manifest["id"] == wanted_id and not force:
@@ -274,11 +293,10 @@ class Runner:
             self.team.tell("decision", {"counts": manifest["counts"]})
             return manifest["counts"]
         if manifest and not force and not getattr(stage_module(stage), "REMADE", False):
-            old = {"config": manifest["config"], "inputs": manifest["inputs"]}
-            changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
             raise StageError(
-                f"{final}: was made with another configuration ({'; '.join(changes)}); choose "
-                "variant=NAME to keep it, or force=true to redo it"
+                f"{final}: was made with another configuration "
+                f"({self._changes(stage, manifest)}); choose variant=NAME to keep it, or "
+                "force=true to redo it"
             )
         for name in inputs:
             self.finished(name)
@@ -297,7 +315,8 @@ class Runner:
             context = self._context(out, stage_log)
             counts = stage_module(stage).run(context)
             self.team.meet("ran")
-            finish(out, final, stage, depends_on, inputs, counts, started)
+            upstream = self._upstream(stage)
+            finish(out, final, stage, depends_on, inputs, upstream, counts, started)
         # Not before: where the manifest cannot be written, the work can still be continued.
         (final / PARTIAL).unlink()
         self.team.tell("counts", counts)
@@ -354,7 +373,7 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
 
     `arguments`: what Python is given to start this same run in another process.
     """
-    _log_to_terminal(composed)
+    _log_to_terminal(OmegaConf.select(composed, "stage"))
     team = Team()
     try:
         team = _join()

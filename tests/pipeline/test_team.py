@@ -89,7 +89,7 @@ def test_what_rank_0_refuses_no_rank_does(ranks, stages, at):
     codes, lines = ranks.run("train.seed=9")
     assert codes == (2, 2) and stages.calls == ["finetune"] * 2
     assert [line for line in lines if "error" in line] == [
-        f"error: {at.run}/finetune: was made with another configuration (config.train.seed: "
+        f"error: {at.run}/finetune: was made with another configuration (train.seed: "
         "1 -> 9); choose variant=NAME to keep it, or force=true to redo it"
     ]
 
