@@ -47,8 +47,11 @@ def check_prompts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     strict: bool = False,
+    strict_key: str = "strict",
 ) -> None:
     """Refuse what cannot be continued; warn where a text leaves the trained context.
+
+    `strict_key`: what the message calls `strict`.
 
     Raises:
         ServingError: for no prompt, an empty one, an id outside the vocabulary, no new token asked
@@ -77,7 +80,7 @@ def check_prompts(
             f"on texts of at most {trained}"
         )
         if strict:
-            raise ServingError(f"{told}; shorten the prompt, or set strict=false to go on")
+            raise ServingError(f"{told}; shorten the prompt, or set {strict_key}=false to go on")
         log.warning("%s; what it says beyond that is not to be trusted", told)
 
 

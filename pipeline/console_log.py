@@ -15,16 +15,26 @@ NAME = "console.log"
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Writes to sys.stdout as it is at that moment: rich replaces it while it shows a bar."""
+    """Writes to sys.stdout or stderr as it is at that moment: rich replaces it to show a bar."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: str = "stdout") -> None:
+        """`stream`: stdout or stderr."""
         logging.Handler.__init__(self)
+        self._stream = stream
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
     @property
     def stream(self):
         """Where lines go now."""
-        return sys.stdout
+        return getattr(sys, self._stream)
+
+
+def log_to_terminal(stream: str) -> None:
+    """Show what is logged on `stream`, stdout or stderr, unless the log is shown already."""
+    if not log.handlers:
+        log.addHandler(TerminalHandler(stream))
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 class _FileHandler(logging.FileHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -9,15 +10,19 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from pipeline.schema import Config
 
 MANIFEST = "manifest.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What asks a run to stop without a signal; no signal has this number.
 STOPPED_BY_FILE = os.EX_TEMPFAIL
 PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed", "numpy", "triton")
@@ -39,6 +44,25 @@ class StageStopped(Exception):
         super().__init__(f"stopped by {by} after a save")
         # For a signal, the shell's convention.
         self.exit_code = number if by_file else 128 + number
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk (or quota) while a stage writes into `folder` into a StageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # Of an error in safetensors' own writer, its text is all that tells.
+        told = [number for number in NO_SPACE if f"os error {number})" in str(error)]
+        number = getattr(error, "errno", None) or (told[0] if told else None)
+        if number not in NO_SPACE:
+            raise
+        # A failed copy names its source first; a failed write names no file.
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
+        raise StageError(
+            f"{path}: {os.strerror(number)}; free space there, or set outputs=OTHER_DISK, and run "
+            "again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -73,16 +97,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf in which two configurations differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted(old.keys() | new.keys()):
-            lines += changed_keys(old.get(key), new.get(key), f"{prefix}{key}.")
-        return lines
-    return [] if old == new else [f"{prefix[:-1]}: {old!r} -> {new!r}"]
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
     found = {}
@@ -100,17 +114,23 @@ def finish(
     stage: str,
     depends_on: dict[str, Any],
     inputs: dict[str, str],
+    upstream: dict[str, Any],
     counts: dict[str, Any],
     started: float,
 ) -> None:
-    """Write the manifest into `out` and rename it to `final`, replacing what was there."""
+    """Write the manifest into `out` and rename it to `final`, replacing what was there.
+
+    `upstream`: what each of the stages before this one depends on, by its name.
+    """
     manifest = {
         "stage": stage,
         "config": depends_on,
         "inputs": inputs,
+        "upstream": upstream,
         "id": digest([stage, depends_on, inputs]),
         "versions": versions(),
         "counts": counts,
+        "started": started,
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -7,12 +7,10 @@ Rank 0 then decides, as a process alone does, and the others follow.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib
 import json
 import logging
-import os
 import shutil
 import time
 import warnings
@@ -23,27 +21,27 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
-from safetensors import SafetensorError
+from omegaconf import DictConfig, OmegaConf
 
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline.advice import advice
-from pipeline.console_log import NAME, TerminalHandler, console_log
+from pipeline.changes import describe_changes
+from pipeline.console_log import NAME, console_log, log_to_terminal
 from pipeline.manifest import (
     StageContext,
     StageError,
     StageStopped,
-    changed_keys,
     digest,
+    disk_errors,
     finish,
     read_manifest,
 )
-from pipeline.schema import Config
+from pipeline.schema import CHAIN, Config
 from pipeline.schema_of_eval import task_packages
 from pipeline.team import NOTICE, RankFailed, Team, launched
-from pipeline.validation import CHAIN, ConfigError, parse
+from pipeline.validation import ConfigError, parse
 from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers
 
 log = logging.getLogger("longgen")
@@ -53,14 +51,6 @@ USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError)
 # Stages whose results controls, seeds and ablations share.
 SHARED = ("fetch", "fetch_tasks", "data_prep", "convert")
 PARTIAL = "partial.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-def _log_to_terminal() -> None:
-    if not log.handlers:
-        log.addHandler(TerminalHandler())
-        log.setLevel(logging.INFO)
-        log.propagate = False
 
 
 def stage_module(stage: str) -> ModuleType:
@@ -73,25 +63,6 @@ def stage_inputs(stage: str, config: Config) -> tuple[str, ...]:
     """Names of the stages whose folders this one reads under this configuration."""
     inputs = stage_module(stage).INPUTS
     return inputs(config) if callable(inputs) else inputs
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk (or quota) while a stage writes into `folder` into a StageError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # Of an error in safetensors' own writer, its text is all that tells.
-        told = [number for number in NO_SPACE if f"os error {number})" in str(error)]
-        number = getattr(error, "errno", None) or (told[0] if told else None)
-        if number not in NO_SPACE:
-            raise
-        # A failed copy names its source first; a failed write names no file.
-        path = getattr(error, "filename2", None) or getattr(error, "filename", None) or folder
-        raise StageError(
-            f"{path}: {os.strerror(number)}; free space there, or set outputs=OTHER_DISK, and run "
-            "again"
-        ) from error
 
 
 def _another(stage: str) -> str:
@@ -227,10 +198,28 @@ class Runner:
         """The finished folder of an input; StageError where it is absent or of another config."""
         folder = self.folder(stage)
         manifest = read_manifest(folder)
-        if manifest is None or manifest["id"] != self._input_id(stage):
-            state = "is missing" if manifest is None else "was made with another configuration"
-            raise StageError(f"{folder}: {state}; run stage={stage} first")
+        if manifest is None:
+            raise StageError(f"{folder}: is missing; run stage={stage} first")
+        if manifest["id"] != self._input_id(stage):
+            raise StageError(
+                f"{folder}: was made with another configuration "
+                f"({self._changes(stage, manifest)}); set that as it was, choose another "
+                f"variant=NAME, or redo it first by stage={stage} force=true"
+            )
         return folder
+
+    def _upstream(self, stage: str) -> dict[str, Any]:
+        """What every stage before this one depends on, by its name, in the order of the chain."""
+        found: dict[str, Any] = {}
+        for name in self.wanted(stage)[1]:
+            found |= self._upstream(name) | {name: self.wanted(name)[0]}
+        return found
+
+    def _changes(self, stage: str, old: dict[str, Any]) -> str:
+        """In which keys and files a folder's manifest differs from this configuration, in words."""
+        depends_on, inputs, _ = self.wanted(stage)
+        now = self._upstream(stage) | {stage: depends_on}
+        return describe_changes(old, stage, now, inputs, self.config, stage_module)
 
     def _partial_folder(self, stage: str, log_: logging.Logger) -> Path:
         """The folder to write in: what a killed run left of a resumable stage, or a new one."""
@@ -241,20 +230,22 @@ class Runner:
         if out.exists():
             try:
                 left = json.loads((out / PARTIAL).read_text())
-            except (OSError, json.JSONDecodeError):
-                left = None
+                same = all(left[key] == value for key, value in record.items())
+            except (OSError, json.JSONDecodeError, KeyError):
+                left, same = None, False
             resumable = getattr(stage_module(stage), "RESUMABLE", False)
-            if resumable and left == record:
+            if resumable and same:
                 log_.info("continuing what an earlier run left")
                 return out
-            if resumable and left is not None and left != record and not self.config.force:
+            if resumable and left is not None and not self.config.force:
                 raise StageError(
-                    f"{out}: holds unfinished work of another configuration ("
-                    + "; ".join(changed_keys(left, record))
-                    + f"); choose {_another(stage)} for the new one, or force=true to drop the old"
+                    f"{out}: holds unfinished work of another configuration "
+                    f"({self._changes(stage, left) or 'it was begun with force=true'}); choose "
+                    f"{_another(stage)} for the new one, or force=true to drop the old"
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True)
+        record |= {"upstream": self._upstream(stage), "started": time.time()}
         (out / PARTIAL).write_text(json.dumps(record, default=str) + "\n")
         return out
 
@@ -304,7 +295,7 @@ class Runner:
             StageError: where the folder is another configuration's, or an input is missing.
         """
         force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
-        depends_on, inputs, wanted_id = self.wanted(stage)
+        _, inputs, wanted_id = self.wanted(stage)
         final = self.folder(stage)
         manifest = read_manifest(final)
         if manifest and manifest["id"] == wanted_id and not force:
@@ -312,11 +303,10 @@ class Runner:
             self.team.tell("decision", {"counts": manifest["counts"]})
             return manifest["counts"]
         if manifest and not force and not getattr(stage_module(stage), "REMADE", False):
-            old = {"config": manifest["config"], "inputs": manifest["inputs"]}
-            changes = changed_keys(old, {"config": depends_on, "inputs": inputs})
             raise StageError(
-                f"{final}: was made with another configuration ({'; '.join(changes)}); choose "
-                f"{_another(stage)} to keep it, or force=true to redo it"
+                f"{final}: was made with another configuration "
+                f"({self._changes(stage, manifest)}); choose {_another(stage)} to keep it, or "
+                "force=true to redo it"
             )
         for name in inputs:
             self.finished(name)
@@ -329,13 +319,14 @@ class Runner:
         final = self.folder(stage)
         log.info("%s: starts", stage)
         started = time.time()
-        with _disk_errors(final):
+        with disk_errors(final):
             out = self._partial_folder(stage, stage_log)
             self.team.tell("decision", {"out": str(out)})
             context = self._context(out, stage_log)
             counts = stage_module(stage).run(context)
             self.team.meet("ran")
-            finish(out, final, stage, depends_on, inputs, counts, started)
+            upstream = self._upstream(stage)
+            finish(out, final, stage, depends_on, inputs, upstream, counts, started)
         # Not before: where the manifest cannot be written, the work can still be continued.
         (final / PARTIAL).unlink()
         self.team.tell("counts", counts)
@@ -355,7 +346,7 @@ class Runner:
             return decision["counts"]
         stage_log = logging.getLogger(f"longgen.{stage}")
         out = Path(decision["out"])
-        with _disk_errors(out):
+        with disk_errors(out):
             stage_module(stage).run(self._context(out, stage_log))
         self.team.meet("ran")
         return self.team.hear("counts")
@@ -392,7 +383,9 @@ def execute(composed: DictConfig, arguments: Sequence[str] = ()) -> int:
 
     `arguments`: what Python is given to start this same run in another process.
     """
-    _log_to_terminal()
+    # What other stages log is what they print; of generate that is the answer alone.
+    answers = OmegaConf.select(composed, "stage") == "generate"
+    log_to_terminal("stderr" if answers else "stdout")
     with ExitStack() as files:
         return _execute(composed, arguments, files)
 

@@ -1,14 +1,36 @@
 """The types of every configuration value. pipeline/validation.py says what is refused."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from model.config import ModelConfig
 from pipeline.schema_of_data import DataSection
 from pipeline.schema_of_eval import EvalSection
+
+if TYPE_CHECKING:
+    # Brings torch, which a command line that is refused, or --help, does not need.
+    from model.config import ModelConfig
+
+STAGES = (
+    "fetch",
+    "data_prep",
+    "convert",
+    "finetune",
+    "export",
+    "evaluate",
+    "report",
+    "generate",
+    "benchmark",
+    "plan",
+    "fetch_tasks",
+    "dashboard",
+    "inspect",
+)
+CHAIN = STAGES[:7]
 
 # What of a ModelSection counts something, and so is at least 1.
 DIMENSIONS = (
@@ -51,6 +73,8 @@ class ModelSection:
 
 def section_shape(section: ModelSection) -> ModelConfig:
     """The shape that the section states, all layers full, on its own RoPE."""
+    from model.config import ModelConfig
+
     rope = {"rope_type": "default", "rope_theta": section.rope_base}
     return ModelConfig(
         **{key: getattr(section, key) for key in DIMENSIONS},

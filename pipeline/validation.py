@@ -15,30 +15,22 @@ from model.config import resolve_schedule
 from pipeline.manifest import StageError
 from pipeline.open_values import fill_open_values
 from pipeline.planning.rates import GPUS
-from pipeline.refusals import MEANINGFUL_NAME, ConfigError
+from pipeline.refusals import MEANINGFUL_NAME, ConfigError, no_such_key
 from pipeline.refusals import at_least as _at_least
 from pipeline.refusals import choice as _choice
 from pipeline.refusals import refuse as _refuse
-from pipeline.schema import DIMENSIONS, RECOMPUTE, Config, KernelCase, ServingCase, TrainCase
+from pipeline.schema import (
+    DIMENSIONS,
+    RECOMPUTE,
+    STAGES,
+    Config,
+    KernelCase,
+    ServingCase,
+    TrainCase,
+)
 from pipeline.validation_of_data import check_data
 from pipeline.validation_of_eval import check_eval
 
-STAGES = (
-    "fetch",
-    "data_prep",
-    "convert",
-    "finetune",
-    "export",
-    "evaluate",
-    "report",
-    "generate",
-    "benchmark",
-    "plan",
-    "fetch_tasks",
-    "dashboard",
-    "inspect",
-)
-CHAIN = STAGES[:7]
 BENCHMARKS = ("checkpoint", "kernels", "train_step", "serving", "data_prep")
 
 
@@ -323,16 +315,13 @@ def parse(composed: DictConfig) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
         config: Config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
-        raise ConfigError(
-            f"{error.full_key}: no such configuration key; the legal ones are in "
-            "pipeline/schema.py; correct or drop it"
-        ) from error
+        raise ConfigError(no_such_key(error.full_key)) from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: has no value; set it") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{error.full_key}: {reason}; its type is in pipeline/schema.py; set it to such a value"
+            f"{error.full_key}: {reason}; --help shows its default; set it to a value of that type"
         ) from error
     for check in (fill_open_values, *CHECKS):
         try:

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import (
 )
 
 from pipeline.manifest import STOPPED_BY_FILE
+from pipeline.refusals import USER_ERROR
 from pipeline.team import Failure, first_failure, note_failure, own_keys
 from pipeline.training.watchdog import EXIT_CODE as HUNG
 
@@ -32,7 +33,6 @@ ADDRESS = "127.0.0.1"
 GRACE = 5.0
 CLOSE = 10
 POLL = 0.1
-USER_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT
 # A rank that ends with one of these was asked to, and has saved; so do the others.
 STOPPED = (STOPPED_BY_FILE, 128 + signal.SIGTERM, INTERRUPTED)

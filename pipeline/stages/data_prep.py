@@ -28,7 +28,7 @@ from data_prep.pool import Pool
 from data_prep.readers import read_whole
 from data_prep.rows import TokenFiles, index_rows, plan_rows
 from data_prep.shards import IndexedWriter, disk_errors, token_dtype, write_whole
-from data_prep.sources import STDLIB, DataError, Skips, Source, fingerprint
+from data_prep.sources import STDLIB, DataError, Skips, Source, fingerprint, list_files
 from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer
 from data_prep.worker import CheckTask, HashTask, Setup
 from pipeline.advice import held_out_shortage
@@ -56,12 +56,22 @@ def depends_on(config: Config) -> dict[str, Any]:
     return {**data, "local_files": _local_files(config.data)}
 
 
+def input_files(config: Config) -> dict[str, list[Path]]:
+    """The files behind each key of depends_on that stands for files."""
+    return {
+        f"local_files.{source.name}": [source.folder / name for name in list_files(source)]
+        for source in _local_sources(config.data)
+    }
+
+
 def _local_files(data: DataSection) -> dict[str, str]:
     """The state of each source's files that no package holds."""
-    sections = [*data.sources]
-    if data.decontaminate is not None:
-        sections += data.decontaminate.sources
-    return {source.name: fingerprint(source) for source in resolve_sources(sections, None)}
+    return {source.name: fingerprint(source) for source in _local_sources(data)}
+
+
+def _local_sources(data: DataSection) -> list[Source]:
+    avoided = data.decontaminate.sources if data.decontaminate else []
+    return resolve_sources([*data.sources, *avoided], None)
 
 
 def resolve_sources(sections: list[SourceSection], packages: Path | None) -> list[Source]:

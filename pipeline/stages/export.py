@@ -46,6 +46,25 @@ COPIED = (
     "NOTICE*",
 )
 ENTRY = "modeling_longgen.py"
+# README.md of the exported folder; the repository's README has the same code.
+PAGE = """\
+# {name}: {layers} layers, {full} with full attention
+
+Made by LongGen for texts of up to {positions:,} tokens. It needs torch and transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, config=model.config)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```
+
+`trust_remote_code=True` runs the Python files of this folder. `config=model.config` lets the
+tokenizer load without asking for that once more.
+"""
 
 
 def inputs(config: Config) -> tuple[str, ...]:
@@ -204,5 +223,12 @@ def run(context: StageContext) -> dict:
     copied = {path for pattern in COPIED for path in fetched.glob(pattern) if path.is_file()}
     for path in (*sorted(copied), *python_files()):
         shutil.copyfile(path, out / path.name)
+    page = PAGE.format(
+        name=config.name,
+        layers=model_config.num_layers,
+        full=sum(model_config.is_full),
+        positions=model_config.max_positions,
+    )
+    (out / "README.md").write_text(page)
     context.log.info("exported %(tensors)d tensors in %(shards)d shards, %(bytes)d bytes", counts)
     return counts

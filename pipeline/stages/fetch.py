@@ -128,11 +128,21 @@ def _sources(config: Config) -> list[SourceSection]:
     return [*config.data.sources, *(avoided.sources if avoided else [])]
 
 
+def input_files(config: Config) -> dict[str, list[Path]]:
+    """The files behind each key of depends_on that stands for files."""
+    local = source_kind(config.model.source) in ("folder", "gguf")
+    return {"model.files": files_of(local_path(config.model.source))} if local else {}
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file, or the files in a folder, sorted."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in files if file.is_file()]
+
+
 def fingerprint(path: Path) -> str:
     """16 hex digits of the names, sizes and times of a file, or of the files in a folder."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)]
     return digest([str(path.resolve()), stats])
 
 

@@ -1,5 +1,6 @@
 """generate: stream the continuation of a prompt, by the exported model or the one before it.
 
+The answer alone goes to standard output; progress, speed and errors go to standard error.
 With generate.tensor=N the model is shared among N processes, a GPU each. The prompt is given as
 generate.prompt=TEXT, as generate.prompt_file=PATH, or with generate.prompt=- on standard input.
 """
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, TextStreamer
 from model.engine import check_prompts
 from model.engine_weights import ServingError
 from model.modeling_longgen import LongGenConfig
+from pipeline.command_line import discard_stdout
 from pipeline.evaluated_model import model_config, model_folder
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config, GenerateSection
@@ -106,10 +108,11 @@ def _shared(text: str | None) -> str:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Print the continuation and its speed; write both to generate.json.
+    """Print the continuation, log its speed, write both to generate.json.
 
     Raises:
-        StageError: without a prompt, on an unknown model, or where the engine refuses the prompt.
+        StageError: without a prompt, on an unknown model, where the engine refuses the prompt, or
+            where what reads the answer closes the pipe.
         WeightsError: where a file of the weights is missing or cannot be read.
     """
     wanted = context.config.generate
@@ -128,11 +131,14 @@ def run(context: StageContext) -> dict[str, Any]:
     dtype = torch.bfloat16 if narrow else torch.float32
     options = {"chunk": wanted.prefill_chunk, "allow_pickle": context.config.model.allow_pickle}
     try:
-        check_prompts(config, [ids], wanted.max_new_tokens, wanted.strict)
+        check_prompts(config, [ids], wanted.max_new_tokens, wanted.strict, "generate.strict")
         engine = load_engine(folder, config, dtype, device, shard, group, context.log, **options)
         record = _answer(engine, tokenizer, text, ids, wanted, speaks=shard.rank == 0)
     except ServingError as error:
         raise StageError(str(error)) from error
+    except BrokenPipeError as error:
+        discard_stdout()
+        raise StageError("standard output was closed before the answer ended") from error
     if shard.rank == 0:
         (context.out / "generate.json").write_text(json.dumps(record, indent=2) + "\n")
         speed = record["tokens_per_second"]
@@ -171,9 +177,6 @@ def _answer(engine, tokenizer, text: str, ids: list[int], wanted: GenerateSectio
             told=lambda count: bar.advance(task, count),
         )
         first = next(steps)
-    if speaks:
-        # Not before: the prompt's forward may log which backends it runs on.
-        print(text, end="", flush=True)
     while first is not None:
         times.append(time.perf_counter())
         tokens.append(first[0])

@@ -64,7 +64,8 @@ def run(capsys, *overrides) -> tuple[int, list[str]]:
         code = execute(composed(*overrides))
     printed = capsys.readouterr()
     assert "Traceback" not in printed.out + printed.err
-    return code, [line.partition(" ")[2] for line in printed.out.splitlines()]
+    # stage=generate logs to standard error.
+    return code, [line.partition(" ")[2] for line in (printed.out or printed.err).splitlines()]
 
 
 def refused(capsys, *overrides) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from pipeline.validation import CHAIN
+from pipeline.schema import CHAIN
 from tests.pipeline.running import ROOT, alone, run
 from tests.pipeline.small_run import save_llama, save_text, small
 

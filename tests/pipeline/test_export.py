@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,12 +31,11 @@ ROOT = Path(export.__file__).parents[2]
 SPARSE = PATTERNS["per_head"]
 
 GENERATE = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, root, prompt = sys.argv[1:]
+import json, re, sys, torch
+source, root, prompt = sys.argv[1:]
 assert root not in sys.path, sys.path
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1])
+assert tokenizer("w5").input_ids == AutoTokenizer.from_pretrained(source)("w5").input_ids == [5]
 assert tokenizer.decode([5, 6]) == "w5 w6"
 found = model.generate(torch.tensor([json.loads(prompt)]), max_new_tokens=16, do_sample=False)
 ours = {name for name in sys.modules if name.split(".")[0] in ("model", "kernels", "pipeline")}
@@ -101,28 +101,38 @@ def make(tmp_path):
 
 
 def test_the_folder_runs_without_the_repository(make, tmp_path):
+    """By the code of its own README, from the folder itself, and nothing is asked."""
     context = make(full="bottom")
     export.run(context)
     here = LongGenForCausalLM.from_pretrained(context.out)
     assert here.config.is_full == [True, True, False]
     assert here.config.pattern == {**here.config.pattern, **SPARSE}
     prompt = ids(40)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    source = context.folder("fetch") / "model"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(context.out), str(ROOT), str(prompt.tolist())],
-        cwd=elsewhere,
+        [sys.executable, "-c", GENERATE, str(source), str(ROOT), str(prompt.tolist())],
+        cwd=context.out,
+        stdin=subprocess.DEVNULL,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    assert "trust_remote_code" not in result.stdout + result.stderr
     expected = here.generate(prompt[None], max_new_tokens=16, do_sample=False)
     cache = here(expected, use_cache=True).past_key_values
     last = result.stdout.strip().splitlines()[-1]
     assert last == f"{expected[0].tolist()} {cache.live_bytes(0)} torch.float32"
+
+
+def test_the_readme_shows_the_exports_own_code():
+    def code(page):
+        return re.search(r"```python\n(from transformers.*?)```", page, re.DOTALL)[1]
+
+    here = code((ROOT / "README.md").read_text())
+    assert re.sub("folder = .*", 'folder = "."  # this folder', here) == code(export.PAGE)
 
 
 def test_files_are_copied_byte_for_byte(make):

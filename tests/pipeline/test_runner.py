@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -17,11 +18,14 @@ from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline import runner
-from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped, changed_keys
+from pipeline.changes import changed_files, changed_keys
+from pipeline.console_log import log_to_terminal
+from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
+from pipeline.schema import CHAIN
 from pipeline.stages import finetune
-from pipeline.validation import CHAIN, parse
+from pipeline.validation import parse
 from tests.pipeline.fake_stages import raising
-from tests.pipeline.running import composed, refused, run
+from tests.pipeline.running import composed, fresh_logger, refused, run
 
 
 def written(folder):
@@ -69,8 +73,8 @@ def test_a_changed_configuration_is_told_key_by_key_and_refused(stages, at, caps
     run(capsys, at.outputs)
     changed = [at.outputs, "stage=finetune", "train.seed=9", "train.clip=0.5"]
     assert refused(capsys, *changed) == (
-        f"{at.run}/finetune: was made with another configuration (config.train.clip: 1.0 -> 0.5; "
-        "config.train.seed: 1 -> 9); choose variant=NAME to keep it, or force=true to redo it"
+        f"{at.run}/finetune: was made with another configuration (train.clip: 1.0 -> 0.5; "
+        "train.seed: 1 -> 9); choose variant=NAME to keep it, or force=true to redo it"
     )
     assert len(stages.calls) == len(CHAIN)
     assert run(capsys, *changed, "variant=nine")[0] == 0
@@ -79,17 +83,31 @@ def test_a_changed_configuration_is_told_key_by_key_and_refused(stages, at, caps
     assert json.loads((at.run / "finetune/manifest.json").read_text())["counts"]["number"] == 9
     assert not (at.run / "finetune.old").exists()
     # What was made from the old one is stale now.
-    assert "inputs.finetune: " in refused(capsys, at.outputs, "stage=export", *changed[2:])
+    stale = refused(capsys, at.outputs, "stage=export", *changed[2:])
+    assert "(train.clip: 1.0 -> 0.5; train.seed: 1 -> 9)" in stale
 
 
 def test_changed_keys():
-    old = {"a": {"b": 1, "c": [1]}, "d": 2}
-    assert changed_keys(old, old) == []
-    assert changed_keys(old, {"a": {"b": 3, "c": [1]}, "e": "x"}) == [
-        "a.b: 1 -> 3",
-        "d: 2 -> None",
-        "e: None -> 'x'",
-    ]
+    old = {"a": {"b": 1, "c": [1]}, "d": 2, "f": [{"g": 1}, {"g": 2}]}
+    assert changed_keys(old, old) == {}
+    new = {"a": {"b": 3, "c": [2]}, "e": "x", "f": [{"g": 1}, {"g": 3}]}
+    assert changed_keys(old, new) == {
+        "a.b": (1, 3),
+        "a.c": ([1], [2]),
+        "d": (2, None),
+        "e": (None, "x"),
+        "f[1].g": (2, 3),
+    }
+
+
+def test_changed_files_are_those_written_since(tmp_path):
+    paths = [tmp_path / name for name in "abcde"]
+    for number, path in enumerate(paths):
+        path.write_text("")
+        os.utime(path, (0, 100 * number))
+    assert changed_files(paths, since=300) == f"{paths[3]}, {paths[4]} changed"
+    assert changed_files(paths, since=0).endswith(f"{paths[2]} and 2 more files changed")
+    assert changed_files(paths, 1e9) == f"files in {tmp_path} were removed, renamed or replaced"
 
 
 def test_a_changed_input_makes_what_was_built_on_it_stale(stages, at, capsys):
@@ -102,7 +120,32 @@ def test_a_changed_input_makes_what_was_built_on_it_stale(stages, at, capsys):
     assert run(capsys, *other, "stage=data_prep")[0] == 0
     assert len(list((at.root / "artifacts/data_prep").iterdir())) == 2
     message = refused(capsys, *other, "stage=finetune")
-    assert "(inputs.convert: '" in message and "; inputs.data_prep: '" in message
+    assert "was made with another configuration (source: 'random' -> 'elsewhere'); " in message
+
+
+def test_a_changed_input_file_is_named(stages, at, capsys, tmp_path):
+    """Also by a stage that read it through another one, and of a run that was not finished."""
+    text = tmp_path / "text.txt"
+    text.write_text("one")
+    stages.modules["fetch"].depends_on = lambda config: {"files": text.read_text()}
+    stages.modules["fetch"].input_files = lambda config: {"files": [text]}
+    stages.acts["finetune"] = raising(StageError("no"))
+    assert run(capsys, at.outputs)[0] == 2
+    text.write_text("two")
+    assert run(capsys, at.outputs, "stage=fetch")[0] == 0
+    assert run(capsys, at.outputs, "stage=data_prep")[0] == 0
+    assert run(capsys, at.outputs, "stage=convert")[0] == 0
+    message = refused(capsys, at.outputs, "stage=finetune")
+    assert f"holds unfinished work of another configuration ({text} changed); choose" in message
+    del stages.acts["finetune"]
+    assert run(capsys, at.outputs, "force=true")[0] == 0
+    text.write_text("three")
+    assert run(capsys, at.outputs, "stage=fetch")[0] == 0
+    assert run(capsys, at.outputs, "stage=convert")[0] == 0
+    assert run(capsys, at.outputs, "stage=data_prep")[0] == 0
+    shutil.rmtree(at.run / "export")
+    message = refused(capsys, at.outputs, "stage=export")
+    assert f"another configuration ({text} changed); set that as it was" in message
 
 
 @pytest.mark.parametrize("stage", ["finetune", "export"])
@@ -123,7 +166,8 @@ def test_an_input_of_another_configuration_names_the_stage_to_run(stages, at, ca
     run(capsys, at.outputs)
     (at.run / "export/manifest.json").unlink()
     assert refused(capsys, at.outputs, "stage=export", "train.seed=9") == (
-        f"{at.run}/finetune: was made with another configuration; run stage=finetune first"
+        f"{at.run}/finetune: was made with another configuration (train.seed: 1 -> 9); set that as "
+        "it was, choose another variant=NAME, or redo it first by stage=finetune force=true"
     )
 
 
@@ -238,8 +282,7 @@ def test_unfinished_work_of_another_configuration_is_not_lost(stages, at, capsys
     del stages.acts["finetune"]
     assert refused(capsys, at.outputs, "train.seed=9") == (
         f"{at.run}/finetune.partial: holds unfinished work of another configuration "
-        "(config.train.seed: 1 -> 9); choose variant=NAME for the new one, or force=true to "
-        "drop the old"
+        "(train.seed: 1 -> 9); choose variant=NAME for the new one, or force=true to drop the old"
     )
     assert run(capsys, at.outputs, "train.seed=9", "variant=nine")[0] == 0
     assert run(capsys, at.outputs)[0] == 0
@@ -389,10 +432,20 @@ def test_a_manifest_that_does_not_fit_costs_no_work(stages, at, capsys):
 
 def test_the_terminal_gets_each_line_once(stages, at, capsys):
     log = logging.getLogger("longgen")
-    runner._log_to_terminal()
-    runner._log_to_terminal()
+    log_to_terminal("stdout")
+    log_to_terminal("stdout")
     assert len(log.handlers) == 1 and not log.propagate
     log.handlers.clear()
+
+
+def test_of_generate_the_log_goes_to_standard_error(stages, at, capsys):
+    """Standard output is the answer's alone."""
+    assert run(capsys, at.outputs)[0] == 0
+    stages.acts["generate"] = lambda context: print("the answer") or {}
+    with fresh_logger():
+        assert runner.execute(composed(at.outputs, "stage=generate")) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "the answer\n" and "generate: done in" in printed.err
 
 
 def test_several_nodes_are_for_torchrun(stages, at, capsys, monkeypatch):

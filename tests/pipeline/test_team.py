@@ -12,6 +12,7 @@ import pytest
 from torch.distributed import HashStore
 
 from pipeline import runner, team
+from pipeline.console_log import log_to_terminal
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
 from pipeline.team import Team
 from tests.pipeline.fake_stages import raising
@@ -48,7 +49,7 @@ class Ranks:
         self.store = HashStore()
         self.capsys.readouterr()
         with fresh_logger(), warnings.catch_warnings():
-            runner._log_to_terminal()
+            log_to_terminal("stdout")
             ranks = [
                 threading.Thread(target=self._execute, args=(keys,), name=f"rank {n}", daemon=True)
                 for n in (0, 1)
@@ -89,7 +90,7 @@ def test_what_rank_0_refuses_no_rank_does(ranks, stages, at):
     codes, lines = ranks.run("train.seed=9")
     assert codes == (2, 2) and stages.calls == ["finetune"] * 2
     assert [line for line in lines if "error" in line] == [
-        f"error: {at.run}/finetune: was made with another configuration (config.train.seed: "
+        f"error: {at.run}/finetune: was made with another configuration (train.seed: "
         "1 -> 9); choose variant=NAME to keep it, or force=true to redo it"
     ]
 
@@ -108,7 +109,7 @@ def test_an_error_of_some_ranks_is_said_by_one_of_them(monkeypatch, capsys):
     monkeypatch.setattr(team, "PATIENCE", 0.2)
     store = HashStore()
     with fresh_logger():
-        runner._log_to_terminal()
+        log_to_terminal("stdout")
         ranks = [
             threading.Thread(target=Team(rank, 4, store).say, args=("no disk",))
             for rank in (1, 2, 3)

@@ -16,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pipeline import runner, workers
+from pipeline.console_log import log_to_terminal
 from pipeline.workers import WorkersEnded, run_once, run_workers
 from tests.pipeline.running import ROOT, WORLD, composed, fresh_logger
 
@@ -310,7 +311,7 @@ else:
 
 def test_a_failed_run_starts_again_while_it_advances(tmp_path, capsys, monkeypatch):
     with fresh_logger():
-        runner._log_to_terminal()
+        log_to_terminal("stdout")
         restarted(tmp_path, ADVANCES, restarts=4)
     lines = capsys.readouterr().out.splitlines()
     killed = "rank 1 was killed by SIGKILL (is the host out of memory?)"
@@ -338,7 +339,7 @@ def test_what_fails_without_progress_is_given_up(tmp_path):
 
 def test_a_rank_that_fails_after_the_end_costs_nothing(tmp_path, capsys):
     with fresh_logger():
-        runner._log_to_terminal()
+        log_to_terminal("stdout")
         restarted(tmp_path, "sys.exit(rank)", finished=lambda: True)
     assert "rank 1 failed with exit code 1, after the stage was done" in capsys.readouterr().out
     assert len(pids(tmp_path)) == 2
