@@ -438,6 +438,7 @@ def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(runner, "execute", lambda *told: seen.append(told) or 0)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     script = str(ROOT / "pipeline/run.py")
 
     def start(*arguments):
@@ -455,5 +456,7 @@ def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
     assert first["data"]["sources"] == [{"name": "a", "path": "b c"}]
     second, _ = start(*again, "stage=finetune")
     assert second == {**first, "stage": "finetune"}
+    # Read by OpenMP as it is loaded, here and in workers.
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
     _, again = start(script, "-m", "hydra.sweep.dir=sweep", "train.seed=1,2")
     assert start(*again)[0]["train"]["seed"] == 2 and not seen[1:]
