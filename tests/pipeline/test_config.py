@@ -93,8 +93,8 @@ def test_patterns_are_one_override_each():
 
 NODE8 = "parallel.gpus_per_node=8"
 REFUSALS = {
-    "+train.learning_rate=1": r"train.learning_rate: no such configuration key",
-    "train.steps=many": r"train.steps: .*'many'.*its type is in pipeline/schema.py",
+    "+train.learning_rate=1": r"train.learning_rate: no such configuration key; --help lists",
+    "train.steps=many": r"train.steps: .*'many'.*set it to a value of that type",
     "variant=a:b": r"variant='a:b': must be letters",
     "stage=training": r"stage='training': must be one of chain, fetch",
     "device=cuda:1": r"device='cuda:1': must be one of auto, cpu, cuda",
@@ -219,10 +219,3 @@ def test_refused_before_any_work_from_another_folder(tmp_path):
     assert "error: pattern.window=0: must be a whole number" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_plain_override_is_refused(tmp_path):
-    run = [sys.executable, str(ROOT / "pipeline/run.py"), "train.stepz=3"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "train.stepz" in done.stderr
