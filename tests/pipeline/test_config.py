@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 
 from model.config import describe_schedule, resolve_schedule
 from pipeline.advice import advice
-from pipeline.schema import register_defaults
-from pipeline.validation import CHAIN, ConfigError, parse
+from pipeline.schema import CHAIN, register_defaults
+from pipeline.validation import ConfigError, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 # own, which recipes start from, needs a model and texts.
@@ -99,8 +99,8 @@ def test_patterns_are_one_override_each():
 
 NODE8 = "parallel.gpus_per_node=8"
 REFUSALS = {
-    "+train.learning_rate=1": r"train.learning_rate: no such configuration key",
-    "train.steps=many": r"train.steps: .*'many'.*its type is in pipeline/schema.py",
+    "+train.learning_rate=1": r"train.learning_rate: no such configuration key; --help lists",
+    "train.steps=many": r"train.steps: .*'many'.*set it to a value of that type",
     "variant=a:b": r"variant='a:b': must be letters",
     "stage=training": r"stage='training': must be one of chain, fetch",
     "device=cuda:1": r"device='cuda:1': must be one of auto, cpu, cuda",
@@ -228,10 +228,3 @@ def test_refused_before_any_work_from_another_folder(tmp_path):
     assert "error: data.seq_length: has no value" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_plain_override_is_refused(tmp_path):
-    run = [sys.executable, str(ROOT / "pipeline/run.py"), "train.stepz=3"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "train.stepz" in done.stderr

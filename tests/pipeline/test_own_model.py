@@ -15,9 +15,9 @@ from model.config import describe_schedule, resolve_schedule
 from pipeline.advice import LEAST_BASES, advice, least_base
 from pipeline.model_source import check_shape, read_config
 from pipeline.overrides import with_experiment
-from pipeline.schema import Config, ModelSection
+from pipeline.schema import CHAIN, Config, ModelSection
 from pipeline.stages import data_prep, evaluate
-from pipeline.validation import CHAIN, ConfigError, parse
+from pipeline.validation import ConfigError, parse
 from tests.pipeline.running import ROOT, refused, run
 from tests.pipeline.test_fetch import SHAPE, hf_folder
 

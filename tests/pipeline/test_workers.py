@@ -434,7 +434,7 @@ def test_torchrun_starts_the_same_workers_and_they_say_an_error_once(at, capfd):
 
 
 def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
-    """With every key, another configuration folder and name, and one job of a multirun."""
+    """With every key, and another configuration folder and name."""
     seen = []
     monkeypatch.setattr(runner, "execute", lambda *told: seen.append(told) or 0)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -458,5 +458,3 @@ def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
     assert second == {**first, "stage": "finetune"}
     # Read by OpenMP as it is loaded, here and in workers.
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    _, again = start(script, "-m", "hydra.sweep.dir=sweep", "train.seed=1,2")
-    assert start(*again)[0]["train"]["seed"] == 2 and not seen[1:]

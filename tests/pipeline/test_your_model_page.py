@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from pipeline.advice import LEAST_BASES
 from pipeline.overrides import with_experiment
 from pipeline.runner import execute, stages_of
-from pipeline.validation import CHAIN, parse
+from pipeline.schema import CHAIN
+from pipeline.validation import parse
 from tests.pipeline.running import ROOT, fresh_logger
 from tests.pipeline.small_run import SHAPE, save_llama, save_text
 
