@@ -241,7 +241,7 @@ def test_a_report_reads_what_was_evaluated(stages, at, capsys):
     assert "samples: 5 -> 2" in message and "choose eval.name=NAME, which evaluates into" in message
     # Of another training it is not.
     message = refused(capsys, at.outputs, "stage=report", "train.seed=9")
-    assert message.endswith("run stage=evaluate first")
+    assert message.endswith("redo it first by stage=evaluate force=true")
 
 
 def test_stages_that_need_no_text_need_no_source():
