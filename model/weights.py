@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import weakref
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -240,6 +241,8 @@ class _SafetensorsFile:
             with safe_open(path, framework="pt"):
                 pass
             self._file = path.open("rb", buffering=0)
+            # Open as long as this object: else its end would warn of a file left open.
+            weakref.finalize(self, self._file.close)
         except (SafetensorError, OSError) as error:
             raise WeightsError(
                 f"{path}: truncated or unreadable ({error}); fetch the model again"

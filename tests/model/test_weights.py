@@ -18,6 +18,7 @@ from model.weights import (
     INDEX,
     WeightFolder,
     WeightsError,
+    _SafetensorsFile,
     iterate_weights,
     read_weight,
     write_weights,
@@ -236,3 +237,12 @@ def test_failed_writing_names_file_and_remedy(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert not (tmp_path / INDEX).exists()
+
+
+def test_a_file_is_closed_with_its_reader(tmp_path):
+    write_weights(tmp_path, tensors().items())
+    reader = _SafetensorsFile(next(tmp_path.glob("*.safetensors")))
+    file = reader._file
+    assert not file.closed
+    del reader
+    assert file.closed
