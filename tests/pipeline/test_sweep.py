@@ -143,10 +143,15 @@ def test_a_wrong_file_is_refused(tmp_path, capsys, arms, message):
 
 def test_the_arms_of_the_proof_compose():
     arms = {arm.name: arm for arm in read_arms(PROOF)}
-    steps = {step: arm for arm in arms.values() for step in arm.steps}
-    for step, arm in steps.items():
-        overrides = [override.replace("{export}", "/export") for override in arm.steps[step]]
-        assert config(*overrides).eval.prose is None or step != "unseen"
-    trained = config(*arms["none_s2"].steps["finetune"])
+
+    def composed(arm, step):
+        return config(*(text.replace("{export}", "/e") for text in arms[arm].steps[step]))
+
+    trained = composed("none_s2", "finetune")
     assert (trained.schedule.full, trained.train.seed) == ("none", 2)
     assert trained.train.steps * trained.train.rows_per_step * trained.data.seq_length > 50e6
+    asked = composed("none_s2", "proof").eval
+    assert (asked.niah.seed, asked.ruler.lengths, asked.name) == (2, [32768], "proof")
+    # The last of two choices of data is the one.
+    unseen = composed("full_64k", "unseen")
+    assert (unseen.data.name, unseen.eval.folders) == ("proof_unseen", {"trained": "/e"})
