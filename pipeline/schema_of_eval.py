@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 class PerplexitySection:
     """Perplexity by position on held-out documents of at least `min_length` tokens.
 
+    contexts: for each, the same tokens are also predicted from that many to twice that many tokens
+    before them, and nothing further back.
     null: min_length and max_length are data.seq_length, and a bucket a sixteenth of it.
     """
 
@@ -14,6 +16,7 @@ class PerplexitySection:
     min_length: int | None = None
     max_length: int | None = None
     bucket: int | None = None
+    contexts: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -91,8 +94,9 @@ class EvalSection:
     no full layer: sink tokens and window alone), or a name of `folders`, which are folders of other
     models. prose: what RULER's essays and BABILong's book are: a folder of text files or of RULER's
     essays, or "pypi:NAME==VERSION"; null: the held-out documents. batch_tokens: of the prompts that
-    are answered together. tensor: processes that share a model, for one that no single GPU holds.
-    shard: "1/4" takes the first of four parts of the samples, for job
+    are answered together. engine: answer through the serving engine (model/engine.py), which
+    decodes in CUDA graphs. tensor: processes that share a model, for one that no single GPU holds;
+    always through the engine. shard: "1/4" takes the first of four parts of the samples, for job
     arrays; stage=evaluate without it then gathers the parts.
     """
 
@@ -103,6 +107,7 @@ class EvalSection:
     prose: str | None = None
     prefill_chunk: int = 4096
     batch_tokens: int = 16384
+    engine: bool = False
     tensor: int = 1
     shard: str | None = None
     perplexity: PerplexitySection = field(default_factory=PerplexitySection)

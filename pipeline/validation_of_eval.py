@@ -70,6 +70,9 @@ def check_eval(config: Config) -> None:
         if config.stage != "evaluate":
             legal = f"is a part of stage=evaluate, not of stage={config.stage}"
             refuse("eval.shard", section.shard, legal, "set stage=evaluate")
+    if any(context < 1 for context in section.perplexity.contexts):
+        legal = "must be numbers of tokens, each at least 1"
+        refuse("eval.perplexity.contexts", section.perplexity.contexts, legal, "set them")
     if section.perplexity.min_length > section.perplexity.max_length:
         refuse(
             "eval.perplexity.min_length",

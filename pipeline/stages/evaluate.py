@@ -299,7 +299,7 @@ class Evaluation:
 
     def _open(self, name: str) -> Evaluated:
         tokenizer = self.tokenizer(name)
-        if self.shard.size == 1:
+        if self.shard.size == 1 and not self.section.engine:
             return open_model(name, self.context, tokenizer)
         return open_shared(name, self.context, tokenizer, self.shard, self.group)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.advice import shortage
 from pipeline.evaluated_model import Evaluated
@@ -47,24 +48,49 @@ def measure(sample: DocumentSample, model: Evaluated, section: EvalSection) -> l
     """One record per bucket of absolute positions [start, stop) of the predicted token.
 
     "nll" is the sum in nats over the bucket's "tokens"; the token at position 0, <bos>, is not
-    predicted.
+    predicted. "nll_of_context" is that sum for each of `contexts` (see `limited_losses`), in the
+    buckets that begin at it or later.
     """
     # losses[i] belongs to the token at position i + 1.
     losses = model.token_losses(sample.tokens)
     length, bucket = len(sample.tokens), section.perplexity.bucket
+    limited = {
+        context: limited_losses(sample.tokens, model, context)
+        for context in section.perplexity.contexts
+    }
     records = []
     for start in range(0, length, bucket):
         stop = min(start + bucket, length)
         part = losses[max(start, 1) - 1 : stop - 1]
         if len(part):
-            records.append(
-                {
-                    "document": sample.document,
-                    "length": length,
-                    "start": start,
-                    "stop": stop,
-                    "nll": part.sum().item(),
-                    "tokens": len(part),
-                }
-            )
+            record = {
+                "document": sample.document,
+                "length": length,
+                "start": start,
+                "stop": stop,
+                "nll": part.sum().item(),
+                "tokens": len(part),
+            }
+            sums = {
+                str(context): values[start - context : stop - context].sum().item()
+                for context, values in limited.items()
+                if start >= context
+            }
+            records.append(record | ({"nll_of_context": sums} if sums else {}))
     return records
+
+
+def limited_losses(tokens: np.ndarray, model: Evaluated, context: int) -> torch.Tensor:
+    """Loss of each token from position `context` on, given the `context` to 2 * `context` - 1
+    tokens before it.
+
+    Each row of 2 * `context` tokens begins with <bos> and predicts its second half.
+
+    Returns:
+        nats, float64 [len(tokens) - context].
+    """
+    parts = [torch.empty(0, dtype=torch.float64)]
+    for start in range(context, len(tokens), context):
+        row = np.concatenate([tokens[:1], tokens[start - context + 1 : start + context]])
+        parts.append(model.token_losses(row)[context - 1 :])
+    return torch.cat(parts)

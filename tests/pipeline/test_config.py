@@ -195,6 +195,7 @@ REFUSALS = {
     "eval.babilong.tasks=[qa6]": r"eval.babilong.tasks='qa6': nearest: .*must be of qa1, qa2",
     "eval.babilong.lengths=[]": r"eval.babilong.lengths=\[\]: must name at least one length",
     "eval.ruler.samples=0": r"eval.ruler.samples=0: must be at least 1",
+    "eval.perplexity.contexts=[0]": r"eval.perplexity.contexts=\[0\]: must be numbers of tokens",
     "eval.niah.needles=[17]": r"eval.niah.needles=\[17\]: must be from 1 to 16 each",
     "stage=evaluate eval.shard=5/4": r"eval.shard='5/4': must be like 1/4",
     "eval.shard=1/4": r"eval.shard='1/4': is a part of stage=evaluate, not of stage=chain",

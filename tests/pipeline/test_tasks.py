@@ -88,6 +88,28 @@ def test_perplexity_sums_equal_one_forward(pattern):
     assert len({round(r["nll"] / r["tokens"], 3) for r in records}) > 1
 
 
+def test_perplexity_of_a_limited_context_sees_no_further_back():
+    class Counts:
+        """The loss of a token is the number of tokens before it in its row."""
+
+        def token_losses(self, tokens):
+            assert tokens[0] == 0
+            return torch.arange(1, len(tokens), dtype=torch.float64)
+
+    tokens = np.arange(21)
+    losses = perplexity.limited_losses(tokens, Counts(), 4)
+    assert losses.tolist() == [*(4, 5, 6, 7) * 4, 4]
+    section = perplexity_section(bucket=6, contexts=[4, 8])
+    sample = perplexity.DocumentSample("0", 0, tokens)
+    records = perplexity.measure(sample, Counts(), section)
+    assert [r.get("nll_of_context") for r in records] == [
+        None,
+        {"4": 6 + 7 + 4 + 5 + 6 + 7},
+        {"4": 4 + 5 + 6 + 7 + 4 + 5, "8": 12 + 13 + 14 + 15 + 8 + 9},
+        {"4": 6 + 7 + 4, "8": 10 + 11 + 12},
+    ]
+
+
 def test_perplexity_of_the_base_equals_transformers():
     shape = tiny_config(vocab_size=VOCABULARY)
     stock = tiny_llama(shape)
