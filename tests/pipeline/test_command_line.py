@@ -85,7 +85,7 @@ print({{"torch", "transformers"}} & set(sys.modules))
 MISTAKES = {
     "experiment=null": "experiment=null: must be one of demo, .*, or drop experiment=null",
     "experiment=typo": "experiment=typo: nearest: tiny; must be one of demo, demo_base, .*tiny",
-    "suite=null": "suite=null: must be one of ruler_8k, suite_32k; .*or drop suite=null",
+    "suite=null": "suite=null: must be one of .*ruler_8k, suite_32k; .*or drop suite=null",
     "pattern=xyz": "pattern=xyz: must be one of sink, .*; set pattern",
     "+pattern=sink": "\\+pattern: has a value already, which pattern=NAME replaces; drop the \\+",
     "lr=1": r"lr: no such configuration key; did you mean train.lr\? --help lists",
