@@ -14,10 +14,12 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.manifest import StageError
 from pipeline.records import Record, read_records
 from pipeline.report_page import Section
 from pipeline.schema import WandbSection
@@ -36,7 +38,21 @@ def _has_key() -> bool:
 
 
 def resolve_mode(section: WandbSection) -> str:
-    """online, offline or disabled: "auto" is online where there is a key."""
+    """online, offline or disabled: "auto" is online where there is a key.
+
+    Raises:
+        StageError: where W&B is asked for by another mode than auto, and is not installed.
+    """
+    if section.mode == "disabled":
+        return section.mode
+    if find_spec("wandb") is None:
+        if section.mode != "auto":
+            raise StageError(
+                f"wandb.mode={section.mode}: wandb is not installed; install it "
+                "(pip install -r requirements.txt), or set wandb.mode=disabled"
+            )
+        log.info("wandb: not installed, nothing is logged to it")
+        return "disabled"
     if section.mode != "auto":
         return section.mode
     return "online" if _has_key() else "offline"

@@ -95,8 +95,18 @@ def test_auto_is_online_where_there_is_a_key(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert wandb_run.resolve_mode(WandbSection()) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_run.resolve_mode(WandbSection()) == "online"
+
+
+def test_disabled_it_is_not_imported(monkeypatch, tmp_path):
     # Its import takes seconds.
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert wandb_run.open_run(WandbSection("disabled"), tmp_path, "n", {}, None) is None
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert wandb_run.resolve_mode(WandbSection()) == "online"
+
+
+def test_where_it_is_not_installed_auto_goes_on_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(wandb_run, "find_spec", lambda name: None)
+    assert wandb_run.open_run(WandbSection(), tmp_path, "n", {}, None) is None
+    with pytest.raises(StageError, match="wandb.mode=online: wandb is not installed; install it"):
+        wandb_run.open_run(WandbSection("online"), tmp_path, "n", {}, None)
