@@ -12,7 +12,7 @@ from pipeline.schema_of_eval import EvalSection
 
 # Men et al. 2024 (arXiv 2405.14591), table 2: the least RoPE base at which, with heads of 128
 # dimensions, the sum of cos(m * theta_i) is not negative at any distance m within the context.
-LEAST_BASES = {
+MIN_BASES = {
     1024: 4.3e3,
     2048: 1.6e4,
     4096: 2.7e4,
@@ -27,9 +27,9 @@ LEAST_BASES = {
 }
 
 
-def least_base(context: int) -> float:
+def min_base(context: int) -> float:
     """The lower bound of the RoPE base for a context, that of the table's next length."""
-    return LEAST_BASES[min((n for n in LEAST_BASES if n >= context), default=max(LEAST_BASES))]
+    return MIN_BASES[min((n for n in MIN_BASES if n >= context), default=max(MIN_BASES))]
 
 
 def advice(config: Config, stages: Sequence[str], arguments: Sequence[str] = ()) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _inherited(config: Config, arguments: Sequence[str]) -> Iterator[str]:
 
 def _rope(config: Config) -> Iterator[str]:
     old, new = config.model.max_positions, config.data.seq_length
-    base, least = config.rope.base or config.model.rope_base, least_base(new)
+    base, least = config.rope.base or config.model.rope_base, min_base(new)
     untrained = config.model.source == "random"
     if untrained or new <= old or (config.rope.base is not None and base >= least):
         return

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from model.config import describe_schedule, resolve_schedule
-from pipeline.advice import LEAST_BASES, advice, least_base
+from pipeline.advice import MIN_BASES, advice, min_base
 from pipeline.model_source import check_shape, read_config
 from pipeline.overrides import with_experiment
 from pipeline.schema import CHAIN, Config, ModelSection
@@ -194,9 +194,9 @@ def test_an_extension_without_a_rope_change_is_said():
     assert advised(recipe("llama2_7b_128k", "rope.base=8e6")) == []
 
 
-def test_least_bases_are_the_papers_and_follow_its_definition():
-    assert (least_base(32768), least_base(131072)) == (6.4e5, 7.8e6)
-    assert (least_base(5000), least_base(10**7)) == (8.4e4, 5.1e8)
+def test_min_bases_are_the_papers_and_follow_its_definition():
+    assert (min_base(32768), min_base(131072)) == (6.4e5, 7.8e6)
+    assert (min_base(5000), min_base(10**7)) == (8.4e4, 5.1e8)
 
     def holds(base: float, length: int) -> bool:
         frequencies = base ** (-np.arange(0, 128, 2) / 128)
@@ -204,8 +204,8 @@ def test_least_bases_are_the_papers_and_follow_its_definition():
 
     for length in (1024, 2048, 8192):
         # The table has two digits.
-        assert not holds(0.95 * LEAST_BASES[length], length)
-        assert any(holds(step * LEAST_BASES[length], length) for step in (0.99, 1, 1.01, 1.02))
+        assert not holds(0.95 * MIN_BASES[length], length)
+        assert any(holds(step * MIN_BASES[length], length) for step in (0.99, 1, 1.01, 1.02))
 
 
 def test_rows_that_a_window_covers_are_said():

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pipeline.advice import LEAST_BASES
+from pipeline.advice import MIN_BASES
 from pipeline.overrides import with_experiment
 from pipeline.runner import execute, stages_of
 from pipeline.schema import CHAIN
@@ -85,7 +85,7 @@ def test_bounds_of_the_rope_base_are_the_codes():
     rows = re.findall(r"^\| (?:context|`rope.base`) \|( \d.*)\|$", PAGE, re.M)
     lengths, bases = ([cell.replace(",", "") for cell in row.split("|")] for row in rows)
     shown = dict(zip(map(int, lengths), map(float, bases), strict=True))
-    assert shown == {length: LEAST_BASES[length] for length in shown}
+    assert shown == {length: MIN_BASES[length] for length in shown}
 
 
 @pytest.mark.slow
