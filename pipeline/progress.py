@@ -115,7 +115,7 @@ class Reporter:
 
 def pairs(values: dict[str, Any]) -> str:
     """`key=value key=value`; of a float four significant digits, of a Task its seconds left."""
-    told = []
+    parts = []
     for key, value in values.items():
         if isinstance(value, Task):
             left = value.seconds_left()
@@ -123,8 +123,8 @@ def pairs(values: dict[str, Any]) -> str:
         elif isinstance(value, float):
             value = f"{value:.4g}"
         if value is not None:
-            told.append(f"{key}={value}")
-    return " ".join(told)
+            parts.append(f"{key}={value}")
+    return " ".join(parts)
 
 
 def track_tensors(
@@ -186,7 +186,7 @@ def track_work(
 def track_parts(
     label: str, unit: str, log: logging.Logger, log_seconds: float | None = None
 ) -> Iterator[Callable[[int, float], None]]:
-    """Yield told(done, part): `done` units of work, which are this part of all.
+    """Yield report(done, part): `done` units of work, which are this part of all.
 
     Args:
         log_seconds: between lines; None: LOG_SECONDS.
@@ -194,7 +194,7 @@ def track_parts(
     started = time.monotonic()
     with Reporter(log) as reporter, reporter.task(label, log_seconds=log_seconds) as update:
 
-        def told(done: int, part: float) -> None:
+        def report(done: int, part: float) -> None:
             speed = done / max(time.monotonic() - started, 1e-9)
             update(
                 part,
@@ -206,4 +206,4 @@ def track_parts(
                 },
             )
 
-        yield told
+        yield report

@@ -112,9 +112,9 @@ class Trainer:
         layout.sum(losses.sums)
         record = {"kind": "validation", "step": step, "loss": losses.loss()}
         self._record({**record, "by_position": losses.by_position()})
-        told = {"step": step, "loss": f"{record['loss']:.4f}", "rows": rows}
+        values = {"step": step, "loss": f"{record['loss']:.4f}", "rows": rows}
         log.info(
-            "finetune: validation %s", pairs(told | {"seconds": time.perf_counter() - started})
+            "finetune: validation %s", pairs(values | {"seconds": time.perf_counter() - started})
         )
 
     def step(self, step: int, consumed: int) -> dict[str, float]:
@@ -226,11 +226,11 @@ class Trainer:
                 with self._traced(step + 1):
                     measured = self.step(step, consumed)
                 step, consumed = step + 1, consumed + self.train.rows_per_step
-                loss, norm = (_told(measured[key]) for key in ("loss", "grad_norm"))
+                loss, norm = (_format(measured[key]) for key in ("loss", "grad_norm"))
                 left = update(step / last, f"{step} of {last} steps, loss {loss}")
                 self._record({"kind": "train", "step": step, **measured})
                 if step % self.train.log_every == 0 or step == last:
-                    told = {
+                    values = {
                         "step": step,
                         "of_steps": last,
                         "loss": loss,
@@ -239,7 +239,7 @@ class Trainer:
                         "tokens_per_second": f"{measured['tokens_per_second']:.0f}",
                         "eta_seconds": left,
                     }
-                    log.info("finetune: train %s", pairs(told))
+                    log.info("finetune: train %s", pairs(values))
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
                 self._beat(f"step {step}: asking all ranks whether to stop")
@@ -259,8 +259,8 @@ class Trainer:
         if self.layout.rank == 0:
             lost = self.current - checkpoint.saved_step(self.folder)
             steps = "1 step" if lost == 1 else f"{lost} steps"
-            told = "finetune: saving after this step; press Ctrl-C again to stop now, losing %s"
-            log.warning(told, steps)
+            message = "finetune: saving after this step; press Ctrl-C again to stop now, losing %s"
+            log.warning(message, steps)
 
     def _forget(self, stop: StopRequest) -> None:
         """Let the next start not stop for the same file."""
@@ -268,5 +268,5 @@ class Trainer:
             stop.consume()
 
 
-def _told(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "nan" if value is None else f"{value:.4f}"
