@@ -96,7 +96,7 @@ def finished_run(root, folder, **changes):
     counts = data_prep.run(context)
     depends_on = json.loads(json.dumps(data_prep.depends_on(config)))
     name = (changes.get("shard") or "whole").replace("/", "of")
-    finish(out, folder / name, "data_prep", depends_on, {"fetch": "1"}, counts, 0.0)
+    finish(out, folder / name, "data_prep", depends_on, {"fetch": "1"}, {}, counts, 0.0)
     (folder / name / "partial.json").unlink()
     (folder / name / "manifest.json").rename(folder / name / "manifest.kept")
     if changes.get("shard"):

@@ -188,6 +188,8 @@ def test_a_sweep_runs_every_job_and_fails_where_one_does(start, tmp_path, capsys
         command_line, "run_job", lambda job: jobs.append(job) or codes[len(jobs) - 1]
     )
     monkeypatch.chdir(tmp_path)
+    # Left by another test's world in this process.
+    monkeypatch.delenv("RANK", raising=False)
     sweep = ["experiment=tiny", "outputs=out", "train.lr=1e-4,3e-4", "-m"]
     assert start(*sweep) == (2, [])
     printed = capsys.readouterr().err
