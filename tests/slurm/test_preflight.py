@@ -28,6 +28,8 @@ dist.all_reduce(value)
 # In one write, since two ranks share the output.
 sys.stdout.write(f"work {sys.argv[1:]} {value.item()}\\n")
 sys.stdout.flush()
+# Python's exit would race with the group's threads.
+dist.destroy_process_group()
 """
 
 
