@@ -67,7 +67,9 @@ def _rope(config: Config) -> Iterator[str]:
     else:
         kept, silence = f"rope.base={base:g} is low", ""
     bound = f"the lower bound for {new:,} tokens is {least:g} (arXiv 2405.14591)"
-    advised = f"rope.base={least:g}" if base < least else "a higher rope.base"
+    if base >= least:
+        bound += ", but a base is usually raised with the context"
+    advised = f"rope.base={least if base < least else base * new / old:.2g}"
     yield (
         f"{kept}, and rows of {new:,} tokens exceed the {old:,} that the model was trained on: "
         f"{bound}; set {advised}{silence}"

@@ -145,6 +145,12 @@ def _explain_grammar(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals:
         return f"{argument}: must be KEY=VALUE; --help lists the keys"
+    if value.lstrip().startswith(("[", "{")):
+        return (
+            f"{argument}: the value cannot be read; every [ {{ ( and quote must be closed, and "
+            "inside a list a text with any of ~ , ' \" ( ) [ ] { } = is written with quotes of its "
+            "own: \"data.sources=[{name: mine, path: '~/texts', format: text}]\""
+        )
     return (
         f"{argument}: the value cannot be read; every [ {{ ( and quote must be closed, and a text "
         f"with any of , ' \" ( ) [ ] {{ }} = \\ is written with quotes inside the shell's: "

@@ -18,7 +18,11 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # waits for, and on a CPU that others use too, two threads are then slower than one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import hydra  # noqa: E402
+try:
+    import hydra
+except ModuleNotFoundError:
+    message = "hydra is not installed in this Python; run `make setup`, then .venv/bin/python"
+    sys.exit(f"error: {message} {' '.join(sys.argv)}")
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
@@ -83,9 +87,13 @@ def main() -> None:
     arguments = with_experiment(sys.argv[1:])
     shows_help = not {"-h", "--help"}.isdisjoint(arguments)
     sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
+    # Hydra takes no override after a flag that stands between them.
+    arguments = [text for text in arguments if text not in ("-m", "--multirun")]
     if shows_help:
-        arguments = [text for text in arguments if text not in ("-h", "--help", "-m", "--multirun")]
-    elif not sweeps:
+        arguments = [text for text in arguments if text not in ("-h", "--help")]
+    elif sweeps:
+        arguments = ["--multirun", *arguments]
+    else:
         arguments = command_line.with_plain_prompt(arguments)
     typed = [text for text in arguments if not text.startswith("-") and "=" in text]
     codes: list[int] = []

@@ -61,10 +61,14 @@ def read_prompt(wanted: GenerateSection) -> str:
     if wanted.prompt_file:
         try:
             text = Path(wanted.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise StageError(
-                f"generate.prompt_file={wanted.prompt_file!r}: cannot be read as UTF-8 text "
-                f"({error}); name a text file"
+                f"generate.prompt_file={wanted.prompt_file!r}: {error.strerror}; name a text file"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise StageError(
+                f"generate.prompt_file={wanted.prompt_file!r}: is not UTF-8 text ({error}); "
+                "convert it, or name another file"
             ) from error
         named = f"generate.prompt_file={wanted.prompt_file!r}"
     elif wanted.prompt == STDIN:

@@ -92,6 +92,7 @@ MISTAKES = {
     "modle=tiny": r"modle: no such configuration key; did you mean model\? --help lists",
     "train.lr=1,2": r"train.lr=1,2: several values; add -m .* train.lr=\[1,2\] for a list",
     "model.source=a(b": r"model.source=a\(b: the value cannot be read; .* 'model.source=\"a\(b\"'$",
+    "data.sources=[{path: ~/x}]": r"data.sources=.* inside a list a text with any of ~ .* own: ",
     "foo": "foo: must be KEY=VALUE; --help lists the keys",
     "~nope": "Could not delete from config. 'nope' does not exist; --help lists the keys",
     "--config-name=nope": "Cannot find primary config 'nope'. .*path; --help lists the keys",
@@ -198,6 +199,10 @@ def test_a_sweep_runs_every_job_and_fails_where_one_does(start, tmp_path, capsys
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     code, [(config, _)] = start(*jobs[1][1:])
     assert code == 0 and (config.train.lr, config.variant) == (3e-4, "lr_0.0003")
+    # Wherever the flag stands.
+    jobs.clear()
+    assert start("experiment=tiny", "-m", "outputs=out", "train.lr=1e-4,3e-4") == (2, [])
+    assert [job[-1] for job in jobs] == ["variant=lr_0.0001", "variant=lr_0.0003"]
     # One that was asked to stop ends the sweep.
     codes[:], jobs[:] = [143, 0], []
     assert start(*sweep)[0] == 143 and len(jobs) == 1

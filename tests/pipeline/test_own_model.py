@@ -192,6 +192,9 @@ def test_an_extension_without_a_rope_change_is_said():
     assert "rope.base=10000 is low" in advised(recipe("demo", "rope.base=1e4"))[0]
     assert advised(recipe("demo", "rope.base=1e4"), stages=("generate",)) == []
     assert advised(recipe("llama2_7b_128k", "rope.base=8e6")) == []
+    # A base above the bound already: it is raised by the ratio of the contexts.
+    (line,) = advised(recipe("llama2_7b_128k", "rope.base=null", "model.rope_base=1e7"))
+    assert "usually raised with the context; set rope.base=3.2e+08, or rope.base=1e+07" in line
 
 
 def test_min_bases_are_the_papers_and_follow_its_definition():
