@@ -14,9 +14,10 @@ sys.path[0] = str(ROOT)
 # Before torch is imported: else tensors of 128K rows leave gaps that others do not fit into, 14% of
 # an H200's memory (146 GB reserved for 128 GB).
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# Before OpenMP is loaded: a thread that spins at a barrier takes the core from the one that it
-# waits for, and on a CPU that others use too, two threads are then slower than one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before OpenMP (libgomp) is loaded. A thread that spins long at a barrier takes the core from the one
+# it waits for, where others use the CPU too; one that never spins loses as much on an idle CPU. As
+# many turns as this cost neither: docs/results/openmp_waiting.json.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 try:
     import hydra

@@ -438,7 +438,7 @@ def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(runner, "execute", lambda *told: seen.append(told) or 0)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     script = str(ROOT / "pipeline/run.py")
 
     def start(*arguments):
@@ -457,4 +457,4 @@ def test_run_py_says_how_to_start_the_same_run(monkeypatch, tmp_path):
     second, _ = start(*again, "stage=finetune")
     assert second == {**first, "stage": "finetune"}
     # Read by OpenMP as it is loaded, here and in workers.
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert os.environ["GOMP_SPINCOUNT"] == "2000"
