@@ -14,9 +14,9 @@ sys.path[0] = str(ROOT)
 # Before torch is imported: else tensors of 128K rows leave gaps that others do not fit into, 14% of
 # an H200's memory (146 GB reserved for 128 GB).
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-# Before OpenMP (libgomp) is loaded. A thread that spins long at a barrier takes the core from the one
-# it waits for, where others use the CPU too; one that never spins loses as much on an idle CPU. As
-# many turns as this cost neither: docs/results/openmp_waiting.json.
+# Before OpenMP (libgomp) is loaded. A thread that spins long at a barrier takes the core from the
+# one it waits for, where others use the CPU too; one that never spins loses as much on an idle CPU.
+# As many turns as this cost least: docs/results/openmp_waiting.json.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 try:
