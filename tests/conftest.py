@@ -1,6 +1,7 @@
 """What all tests share: one thread unless OMP_NUM_THREADS is set, Triton's interpreter where there
 is no GPU, and Megatron's groups for one process."""
 
+import logging
 import os
 
 import pytest
@@ -22,6 +23,19 @@ def pytest_collection_modifyitems(items):
         if gpus < needed and (needed == 2 or item.get_closest_marker("gpu")):
             reason = "needs two CUDA GPUs" if needed == 2 else "needs a CUDA GPU"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    """A test finds the project's logger as a new process has it, whatever ran here before.
+
+    Stages set it up; pytest's own capture then attaches to it as well as to the root.
+    """
+    log = logging.getLogger("longgen")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
+    return (yield)
 
 
 @pytest.fixture(autouse=True, scope="session")

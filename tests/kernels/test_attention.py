@@ -67,7 +67,6 @@ def test_the_first_backend_that_supports_a_call_runs_it(monkeypatch, caplog):
     monkeypatch.setitem(table.BACKENDS, "picky", lambda: picky)
     monkeypatch.setitem(table.FASTEST, "cpu", ("picky",))
     table._log_once.cache_clear()
-    monkeypatch.setattr(logging.getLogger("longgen"), "propagate", True)
     q, k, v, *_, bounds = make_inputs([10], 2, 1, 8)
     with caplog.at_level(logging.INFO, "longgen.kernels"):
         assert not sparse_attention(q, k, v, Pattern(window=10), bounds).any()

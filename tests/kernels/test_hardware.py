@@ -87,7 +87,6 @@ def test_the_first_that_supports_a_call_on_a_gpu(
     for module in (table, kernels.hopper):
         monkeypatch.setattr(module, "cuda_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels.triton_attention, "INTERPRETED", False)
-    monkeypatch.setattr(logging.getLogger("longgen"), "propagate", True)
     table._log_once.cache_clear()
     q = SimpleNamespace(device=CUDA, dtype=dtype, shape=(300, 4, head_dim))
     call = table.Call(Pattern(64, window), (0, 300), 0, 4, 0.1)
