@@ -14,6 +14,7 @@ import tokenizers
 from data_prep.merges import MergeEngine, Unsupported, cut_of
 from data_prep.parity import parity_sample
 from data_prep.sources import DataError
+from data_prep.tokenizer_folder import file_tokenizer, open_tokenizer
 
 ENGINES = ("auto", "tiktoken", "tokenizers")
 # The most characters of one call, as far as the text can be cut.
@@ -160,68 +161,29 @@ def choose_engine(serialized: str, wanted: str = "auto") -> tuple[str, str]:
     return "tokenizers", f"tiktoken's engine cannot be used: {reason}"
 
 
-def check_sentencepiece(folder: Path, serialized: str) -> None:
-    """Hold what transformers made of a tokenizer.model against SentencePiece's own ids.
-
-    transformers 5.23 leaves out the scores, by which runs of spaces (indented code) come last.
-
-    Raises:
-        DataError: when they differ.
-    """
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    encoder = Encoder(serialized)
-    for spaces in range(1, 18):
-        text = f"def f(x):\n{' ' * spaces}return x"
-        if encoder.reference(text).tolist() != processor.encode(text):
-            raise DataError(
-                f"{folder / 'tokenizer.model'}: transformers gives {text!r} other ids than "
-                "SentencePiece, which the model was trained with; put the model's tokenizer.json "
-                "beside it"
-            )
-
-
 def load_tokenizer(folder: Path, engine: str = "auto") -> tuple[ModelTokenizer, str]:
-    """The tokenizer of a Hugging Face folder, as transformers' AutoTokenizer reads it.
+    """The tokenizer of a Hugging Face folder: what its own file says.
 
     Returns:
         The tokenizer, and why its engine was chosen.
 
     Raises:
-        DataError: when there is none, it has no fast form, or it has no <bos> token; and what
-            choose_engine raises.
+        DataError: when there is none, or it has no <bos> token; and what choose_engine and
+            open_tokenizer raise.
     """
-    from transformers import AutoTokenizer
-
-    remedy = "give a model folder with tokenizer.json or tokenizer.model (stage=fetch)"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        # transformers raises OSError, ValueError, KeyError, ... by kind of file that is missing
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0].strip()}"
-        raise DataError(f"no tokenizer can be loaded from {folder}: {reason}; {remedy}") from error
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"the tokenizer in {folder} is a {type(tokenizer).__name__} without the form of the "
-            f"tokenizers library; {remedy}"
-        )
-    if tokenizer.bos_token_id is None:
+    bos_id = open_tokenizer(folder).bos_token_id
+    own = file_tokenizer(folder)
+    if bos_id is None:
         raise DataError(
             f"the tokenizer in {folder} has no bos_token, which starts each document; set "
             'bos_token in its tokenizer_config.json, such as "<s>"'
         )
-    backend = tokenizer.backend_tokenizer
-    serialized = backend.to_str()
-    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
-        check_sentencepiece(folder, serialized)
+    serialized = own.to_str()
     chosen, why = choose_engine(serialized, engine)
     made = ModelTokenizer(
         serialized=serialized,
-        bos_id=tokenizer.bos_token_id,
-        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        bos_id=bos_id,
+        vocab_size=max(bos_id, *own.get_vocab(with_added_tokens=True).values()) + 1,
         engine=chosen,
     )
     return made, why

@@ -212,7 +212,9 @@ def _tokenizer(reader: GGUFReader, path: Path) -> PreTrainedTokenizerBase:
             f"{path}: its tokenizer has no bos token, which starts every document; must have "
             "tokenizer.ggml.bos_token_id; set model.source to the model's Hugging Face folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
     # Some versions of transformers take bos for eos and leave out the others.
     for name, token_id in special.items():
         if token_id is not None:

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from data_prep.shards import HeldOutDocuments
+from data_prep.sources import DataError
+from data_prep.tokenizer_folder import open_tokenizer
 from model.engine_weights import ServingError, Shard
 from pipeline import packages
 from pipeline.evaluated_model import FINAL, OWN, Evaluated, needs_export, open_model
@@ -175,7 +176,7 @@ class Evaluation:
     def __init__(self, context: StageContext) -> None:
         self.context = context
         self.section: EvalSection = context.config.eval
-        self.base_tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
+        self.base_tokenizer = open_tokenizer(context.folder("fetch") / "model")
         documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
         self.own_material = self._material(self.base_tokenizer, documents)
         self._samples: dict[str, list[tuple[str, Any]]] = {}
@@ -233,8 +234,8 @@ class Evaluation:
         if name not in self._tokenizers:
             folder = self.section.folders[name]
             try:
-                found = AutoTokenizer.from_pretrained(Path(folder).expanduser())
-            except (OSError, ValueError) as error:
+                found = open_tokenizer(Path(folder).expanduser())
+            except DataError as error:
                 raise StageError(
                     f"eval.folders.{name}={folder!r}: holds no tokenizer that can be loaded "
                     f"({str(error).splitlines()[0]}); put the model's tokenizer there, or leave it "

@@ -20,6 +20,7 @@ import torch
 
 import kernels
 import model
+from data_prep.tokenizer_folder import check_saved, save_tokenizer
 from kernels.pattern import Pattern
 from model.config import ModelConfig, resolve_schedule
 from model.mapping import config_from_hf, hf_shapes, split
@@ -35,12 +36,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_longgen.LongGenForCausalLM",
 }
 COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -220,6 +215,8 @@ def run(context: StageContext) -> dict:
     exported.auto_map = AUTO_MAP
     exported.dtype = dtype
     exported.save_pretrained(out)
+    save_tokenizer(fetched, out)
+    check_saved(out)
     copied = {path for pattern in COPIED for path in fetched.glob(pattern) if path.is_file()}
     for path in (*sorted(copied), *python_files()):
         shutil.copyfile(path, out / path.name)

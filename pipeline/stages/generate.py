@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
+from data_prep.tokenizer_folder import open_tokenizer
 from model.engine import check_prompts
 from model.engine_weights import ServingError
 from model.modeling_longgen import LongGenConfig
@@ -124,7 +125,7 @@ def run(context: StageContext) -> dict[str, Any]:
     device, shard, group = join_ranks(torch.device(context.config.device))
     # A rank that finds nothing ends the others.
     text = _shared(read_prompt(wanted) if shard.rank == 0 else None)
-    tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
+    tokenizer = open_tokenizer(context.folder("fetch") / "model")
     ids = tokenizer(text)["input_ids"]
     # Training starts every document with <bos>; not every tokenizer adds it by itself.
     if ids[:1] != [tokenizer.bos_token_id]:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from data_prep.shards import PackedRows
+from data_prep.tokenizer_folder import open_tokenizer
 from pipeline.figures import BLUE, DPI, VERMILLION
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
@@ -34,17 +35,13 @@ def run(context: StageContext) -> dict[str, Any]:
     Raises:
         StageError: when a file is not the one that data_prep wrote, or a row holds what no row can.
     """
-    from transformers import AutoTokenizer
-
     folder, log = context.folder("data_prep"), context.log
     counts = json.loads((folder / "audit.json").read_text())
     for line in source_table(counts):
         log.info(line)
     check_files(folder, counts["files"])
     log.info(f"{len(counts['files'])} files are as they were written")
-    tokenizer = AutoTokenizer.from_pretrained(
-        context.folder("fetch") / "model", trust_remote_code=False, local_files_only=True
-    )
+    tokenizer = open_tokenizer(context.folder("fetch") / "model")
     told = []
     for name in ("train", "held_out"):
         rows = PackedRows(folder / name)

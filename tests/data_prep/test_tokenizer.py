@@ -199,49 +199,6 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_tokenizer_without_fast_form_is_refused(tmp_path, monkeypatch):
-    import transformers
-
-    class Slow:
-        is_fast = False
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: Slow())
-    with pytest.raises(DataError, match="is a Slow without the form of the tokenizers library"):
-        load_tokenizer(tmp_path)
-
-
-def save_sentencepiece(folder, last: float):
-    """A SentencePiece BPE with "▁▁" of score `last`, and what LlamaTokenizer needs."""
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    model = pb.ModelProto()
-    model.trainer_spec.model_type = pb.TrainerSpec.BPE
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.bos_id, model.trainer_spec.eos_id = 1, 2
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.remove_extra_whitespaces = False
-    kinds = pb.ModelProto.SentencePiece
-    pieces = [("<unk>", 0, kinds.UNKNOWN), ("<s>", 0, kinds.CONTROL), ("</s>", 0, kinds.CONTROL)]
-    pieces += [(f"<0x{byte:02X}>", 0, kinds.BYTE) for byte in range(256)]
-    pieces += [("▁▁", last, kinds.NORMAL), ("▁r", -1, kinds.NORMAL)]
-    letters = dict.fromkeys("▁defxrtun():")
-    pieces += [(letter, -2 - i, kinds.NORMAL) for i, letter in enumerate(letters)]
-    for piece, score, kind in pieces:
-        model.pieces.add(piece=piece, score=score, type=kind)
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_tokenizer_model_that_transformers_misreads_is_refused(tmp_path):
-    tokenizer, why = load_tokenizer(save_sentencepiece(tmp_path / "good", last=-0.5))
-    assert tokenizer.engine == "tiktoken", why
-    with pytest.raises(DataError, match=r"other ids than SentencePiece.*tokenizer\.json beside"):
-        load_tokenizer(save_sentencepiece(tmp_path / "bad", last=-1e9))
-
-
 def test_vocabulary_size_covers_ids_of_added_tokens(tmp_path):
     folder = save_model_folder(tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

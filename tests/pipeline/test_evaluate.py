@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.tokenizer_folder import open_tokenizer
 from model.weights import WeightsError
 from pipeline.evaluated_model import EvaluatedModel, load_model, reduced
 from pipeline.manifest import StageError
@@ -321,7 +322,7 @@ def test_generate_streams_and_records(finished, tmp_path, capsys):
     assert counts["new_tokens"] == record["new_tokens"]
     assert capsys.readouterr().out == record["text"] + "\n"
     model = load_model("final", run)
-    tokenizer = generate.AutoTokenizer.from_pretrained(root / "fetch" / "model")
+    tokenizer = open_tokenizer(root / "fetch" / "model")
     ids = [tokenizer.bos_token_id, *tokenizer("The quick brown fox")["input_ids"]]
     assert record["prompt_tokens"] == len(ids)
     with torch.no_grad():
