@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ def _whole_characters(text: str, where: str) -> str:
 
 def _members(line: bytearray, field: str) -> tuple[dict[str, Any], tuple[int, int] | None]:
     """The other members, parsed, and where the text stands between its quotes."""
-    at = _expect(line, 0, b"{")
+    at = _expect(line, len(BOM_UTF8) if line.startswith(BOM_UTF8) else 0, b"{")
     record: dict[str, Any] = {}
     text = None
     while True:

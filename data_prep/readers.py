@@ -25,6 +25,7 @@ _CHUNK_BYTES = 1 << 20
 # A longer line is never held as a parsed record beside its bytes.
 LONG_LINE_BYTES = 16 << 20
 _TABLE_ROWS = 64
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def row_groups(source: Source, name: str) -> list[tuple[int, int]]:
     import pyarrow.parquet
 
     path = source.folder / name
-    with _read_errors(source, name), _table_errors(source, path):
-        described = pyarrow.parquet.read_metadata(path)
+    with _read_errors(source, name), _table_errors(source, path), _opened(path) as stream:
+        described = pyarrow.parquet.read_metadata(stream)
     groups = [described.row_group(i) for i in range(described.num_row_groups)]
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
@@ -178,7 +179,9 @@ def _join_folder(source: Source, names: Iterable[str], skips: Skips) -> Iterator
             skips.add(error.reason, error.detail)
             continue
         if text.strip():
-            yield f"{between}==> {name} <==\n{text.rstrip()}\n"
+            # the name's bytes need not be UTF-8
+            shown = os.fsencode(name).decode("utf-8", "replace")
+            yield f"{between}==> {shown} <==\n{text.rstrip()}\n"
             between = "\n"
         else:
             skips.count("empty files", str(source.folder / name))
@@ -296,7 +299,10 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         while chunk:
             if decompressor is None:
-                decompressor = zstandard.ZstdDecompressor().decompressobj()
+                # any window: a frame takes the memory of its own
+                decompressor = zstandard.ZstdDecompressor(
+                    max_window_size=1 << zstandard.WINDOWLOG_MAX
+                ).decompressobj()
             try:
                 piece = decompressor.decompress(chunk)
             except zstandard.ZstdError as error:
@@ -323,16 +329,12 @@ def _table_errors(source: Source, path: Path) -> Iterator[None]:
 
 
 def _read_table(source: Source, part: Part, skips: Skips, kind: str) -> Iterator[Document]:
-    # imported here: half a second that other formats need not pay
-    import pyarrow
-
     path = source.folder / part.key
     wanted = [source.field, *{name.partition(".")[0] for name in source.where}]
     number = part.first_row
     with _table_errors(source, path), _steady(path, path):
         for batch in _batches(path, kind, part, wanted):
-            # binary, because one undecodable row would make the whole batch fail
-            texts = batch.column(source.field).cast(pyarrow.large_binary()).to_pylist()
+            texts = _as_bytes(batch.column(source.field)).to_pylist()
             others = [name for name in wanted[1:] if name in batch.schema.names]
             records = batch.select(others).to_pylist() if others else [{}] * len(texts)
             for raw, record in zip(texts, records, strict=True):
@@ -358,25 +360,58 @@ def _batches(path: Path, kind: str, part: Part, wanted: list[str]) -> Iterator[A
     import pyarrow.parquet
 
     if kind == "parquet":
-        with pyarrow.parquet.ParquetFile(path) as table:
-            _check_column(path, table.schema_arrow, wanted[0])
+        with _opened(path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            _check_columns(path, table.schema_arrow, wanted)
             present = [name for name in wanted if name in table.schema_arrow.names]
             groups = None if part.stop is None else range(part.start, part.stop)
             yield from table.iter_batches(
                 batch_size=_TABLE_ROWS, columns=present, row_groups=groups, use_threads=False
             )
         return
-    # not mapped: a mapped file that shrinks would kill the process
-    with pyarrow.OSFile(str(path)) as stream, pyarrow.ipc.open_stream(stream) as table:
-        _check_column(path, table.schema, wanted[0])
+    with _opened(path) as stream, pyarrow.ipc.open_stream(stream) as table:
+        _check_columns(path, table.schema, wanted)
         for batch in table:
             for start in range(0, batch.num_rows, _TABLE_ROWS):
                 yield batch.slice(start, _TABLE_ROWS)
 
 
-def _check_column(path: Path, schema: Any, name: str) -> None:
-    columns = {column: str(schema.field(column).type) for column in schema.names}
-    if columns.get(name) not in ("string", "large_string"):
+def _opened(path: Path) -> Any:
+    """A table's file for pyarrow: by its name's bytes, which need not be UTF-8.
+
+    Not mapped: a mapped file that shrinks would kill the process.
+    """
+    import pyarrow
+
+    return pyarrow.OSFile(os.fsencode(path))
+
+
+def _check_columns(path: Path, schema: Any, wanted: list[str]) -> None:
+    """Refuse a table whose text column, or another that is wanted, is not there once as such."""
+    import pyarrow
+
+    twice = sorted({name for name in wanted if schema.names.count(name) > 1})
+    if twice:
         raise DataError(
-            f"{path}: no text column {name!r}; it has {columns}; set the source's field"
+            f"{path}: columns {schema.names}: {', '.join(map(repr, twice))} must be there once; "
+            "write the file with unique names, or take it out of the source"
         )
+    kind = schema.field(wanted[0]).type if wanted[0] in schema.names else None
+    of_dictionary = kind is not None and pyarrow.types.is_dictionary(kind)
+    plain = str(kind.value_type if of_dictionary else kind)
+    if plain not in _TEXT_TYPES or (of_dictionary and plain.endswith("_view")):
+        columns = {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+        raise DataError(
+            f"{path}: no text column {wanted[0]!r}; it has {columns}; set the source's field to a "
+            f"column of type {', '.join(_TEXT_TYPES)} or a dictionary of one"
+        )
+
+
+def _as_bytes(column: Any) -> Any:
+    """A text column as bytes: one undecodable row would make the whole batch fail."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    # views are cast to their own kind of bytes only
+    views = {"string_view": pyarrow.binary_view(), "binary_view": pyarrow.binary_view()}
+    return column.cast(views.get(str(column.type), pyarrow.large_binary()))

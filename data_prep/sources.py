@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
+from data_prep.listing import is_left_over, matches, pattern_parts, split_of, walk
 from data_prep.needles import Needles
 
 FORMATS = ("text", "jsonl", "parquet", "directory", "dataset")
@@ -39,8 +41,9 @@ class Source:
     format "text": a file is a document; "jsonl" and "parquet": a line or row is one, its text in
     `field`; "directory": the text files of one folder, joined, are one; "dataset": a Hugging Face
     data set's folder, as the hub has it or save_to_disk wrote it: its .parquet, .arrow, .jsonl and
-    .json (lines) files. Text and JSON lines are also read from .gz and .zst files. `glob` chooses
-    files inside a folder; names that begin with a dot are never read. `where`: only rows whose
+    .json (lines) files of one `split`, or of all with None. Text and JSON lines are also read from
+    .gz and .zst files. `glob` chooses files inside a folder, through links to folders too; names
+    that begin with a dot are never read. `where`: only rows whose
     fields have these values; "a.b" is field b of field a. `needles`: what documents of synthetic
     retrieval are made of the text; none of those is ever held out.
     """
@@ -53,6 +56,7 @@ class Source:
     weight: float = 1.0
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     needles: Needles | None = None
+    split: str | None = "train"
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -144,37 +148,72 @@ def list_files(source: Source) -> list[str]:
     """The files of a source, relative to its folder, sorted.
 
     Raises:
-        DataError: when the path does not exist or no file matches.
+        DataError: when the path does not exist, cannot be read, or no file matches.
     """
+    return _list_files(source)[0]
+
+
+def other_splits(source: Source) -> dict[str, int]:
+    """How many files of a data set are not read, by their split."""
+    return dict(_list_files(source)[1])
+
+
+def _list_files(source: Source) -> tuple[list[str], Counter[str]]:
     root = source.root
     if root.is_file():
-        return [root.name]
+        return [root.name], Counter()
     if not root.is_dir():
         raise DataError(f"source {source.name}: {root} does not exist; set the source's path")
     is_stdlib = str(source.path) == STDLIB
     glob = "**/*.py" if is_stdlib and source.glob == _ANY_FILE else source.glob
     left_out = _STDLIB_LEFT_OUT if is_stdlib else set()
     try:
-        paths = list(root.glob(glob))
-    except (ValueError, NotImplementedError) as error:
+        pattern = pattern_parts(glob)
+    except ValueError as error:
         raise DataError(
             f"source {source.name}: glob={glob!r}: {error}; set the source's glob to a relative "
             'pattern such as "**/*.txt"'
         ) from error
-    names = []
-    for path in paths:
-        name = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or not left_out.isdisjoint(name.parts) or not path.is_file():
-            continue
-        if source.format != "dataset" or kind_of(source, name.as_posix()):
-            names.append(name.as_posix())
-    if not names:
+    try:
+        found = [
+            name
+            for name in walk(root)
+            if matches(name, pattern) and left_out.isdisjoint(name.split("/"))
+        ]
+        # a link that leads nowhere, such as to a disk that is not there, raises here
+        names = sorted(name for name in found if S_ISREG((root / name).stat().st_mode))
+    except OSError as error:
         raise DataError(
-            f"source {source.name}: no file in {root} matches {glob!r}; set the source's path or "
-            "glob"
+            f"source {source.name}: cannot read {error.filename}: {error.strerror}; check the file "
+            "or folder, or take it out of the source"
+        ) from error
+    others: Counter[str] = Counter()
+    if source.format == "dataset":
+        names, others = _of_split(source, names)
+    if not names:
+        there = ", ".join(f"{count} of split {split}" for split, count in sorted(others.items()))
+        raise DataError(
+            f"source {source.name}: no file in {root} matches {glob!r}"
+            + (f" and split {source.split!r}, but {there}" if others else "")
+            + "; set the source's path, glob"
+            + (" or split (null: all)" if others else "")
         )
-    return sorted(names)
+    return names, others
+
+
+def _of_split(source: Source, names: list[str]) -> tuple[list[str], Counter[str]]:
+    """The files with rows of a data set's split, and how many there are of others.
+
+    Files whose split is not known belong to "train" where no other file does.
+    """
+    root = source.root
+    names = [name for name in names if kind_of(source, name) and not is_left_over(root, name)]
+    if source.split is None:
+        return names, Counter()
+    splits = split_of(root, names)
+    unknown = None if source.split in splits.values() or source.split != "train" else "train"
+    kept = [name for name in names if (splits[name] or unknown) == source.split]
+    return kept, Counter(splits[name] or "unknown" for name in set(names) - set(kept))
 
 
 def kind_of(source: Source, name: str) -> str | None:
@@ -195,7 +234,7 @@ def fingerprint(source: Source) -> str:
     total = hashlib.sha256()
     for name in list_files(source):
         status = (source.folder / name).stat()
-        total.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        total.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return total.hexdigest()[:16]
 
 
@@ -216,7 +255,7 @@ def plan_units(source: Source, seed: int | None, unit_bytes: int = UNIT_BYTES) -
         groups.setdefault(key, []).append(name)
     order = sorted(groups)
     if seed is not None:
-        order.sort(key=lambda key: hashlib.blake2b(f"{seed}\0{key}".encode()).digest())
+        order.sort(key=lambda key: hashlib.blake2b(os.fsencode(f"{seed}\0{key}")).digest())
     units: list[Unit] = []
     waiting: list[Part] = []
     files = size = 0

@@ -20,6 +20,10 @@ class TerminalHandler(logging.StreamHandler):
     def __init__(self, stream: str = "stdout") -> None:
         """`stream`: stdout or stderr."""
         logging.Handler.__init__(self)
+        stream_now = getattr(sys, stream)
+        if hasattr(stream_now, "reconfigure"):
+            # a file's name need not be UTF-8
+            stream_now.reconfigure(errors="backslashreplace")
         self._stream = stream
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
@@ -56,7 +60,7 @@ def console_log(path: Path) -> Iterator[None]:
     """
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _FileHandler(path, delay=True, encoding="utf-8")
+    handler = _FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     # Of several processes, the terminal's handler knows who speaks.
     handler.filters = log.handlers[0].filters

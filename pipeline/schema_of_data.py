@@ -33,7 +33,8 @@ class SourceSection:
     package: null, "debian:NAME", "pypi:NAME==VERSION" or "hub:OWNER/NAME@REVISION" (a Hugging Face
     data set, of which the files that match `glob` come): fetched by stage=fetch.
     format: text (a file is a document), jsonl, parquet, directory (all text files of one folder
-    make a document), dataset (a Hugging Face data set's folder). where: values that fields of a
+    make a document), dataset (a Hugging Face data set's folder, of which the files of `split` are
+    read; null: of all). where: values that fields of a
     row must have. weight: its share of the token budget. min_tokens, max_tokens: documents of
     other lengths are not used. upsample: in place of data.upsample. needles: its texts become
     documents with needles, which are never held out.
@@ -45,6 +46,7 @@ class SourceSection:
     format: str = "text"
     glob: str = "**/*"
     field: str = "text"
+    split: str | None = "train"
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     weight: float = 1.0
     min_tokens: int = 1

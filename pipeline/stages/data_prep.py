@@ -28,7 +28,15 @@ from data_prep.pool import Pool
 from data_prep.readers import read_whole
 from data_prep.rows import TokenFiles, index_rows, plan_rows
 from data_prep.shards import IndexedWriter, disk_errors, token_dtype, write_whole
-from data_prep.sources import STDLIB, DataError, Skips, Source, fingerprint, list_files
+from data_prep.sources import (
+    STDLIB,
+    DataError,
+    Skips,
+    Source,
+    fingerprint,
+    list_files,
+    other_splits,
+)
 from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer
 from data_prep.worker import CheckTask, HashTask, Setup
 from pipeline.advice import held_out_shortage
@@ -98,7 +106,7 @@ def resolve_sources(sections: list[SourceSection], packages: Path | None) -> lis
         elif section.path != STDLIB:
             path = path.expanduser().absolute()
         fields = (section.format, section.glob, section.field, section.weight, section.where)
-        sources.append(Source(section.name, path, *fields, _needles(section)))
+        sources.append(Source(section.name, path, *fields, _needles(section), section.split))
     return sources
 
 
@@ -120,6 +128,12 @@ def run(context: StageContext) -> dict[str, Any]:
     wanted = [_wanted(section, data) for section in data.sources]
     packages = context.folder("fetch") / "packages"
     sources = resolve_sources(data.sources, packages)
+    for source in sources:
+        if others := other_splits(source):
+            log.warning(
+                f"source {source.name}: split {source.split!r} is read; files that are not, by "
+                f"split: {others} (set the source's split, null for all)"
+            )
     shares: list[int | None] = [None] * len(sources)
     if data.tokens is not None:
         shares = mix.share_budget(data.tokens, [source.weight for source in sources])

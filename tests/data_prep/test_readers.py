@@ -429,3 +429,75 @@ def test_text_in_pieces_keeps_characters_and_finds_broken_ones(tmp_path, monkeyp
     (tmp_path / "a.txt").write_bytes("abc".encode("utf-16"))
     with pytest.raises(DataError, match="at offset 0 is not UTF-8, but begins as UTF-16 does"):
         read(Source("s", tmp_path), skips=Skips(strict=True))
+
+
+TEXT = pyarrow.array(["eins", "zwei ü"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        TEXT,
+        TEXT.cast(pyarrow.large_string()),
+        TEXT.cast(pyarrow.string_view()),
+        TEXT.cast(pyarrow.binary()),
+        TEXT.cast(pyarrow.large_binary()),
+        TEXT.dictionary_encode(),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_text_columns_of_every_type(column, tmp_path):
+    table = pyarrow.table({"text": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for source in (
+        Source("s", tmp_path / "a.parquet", "parquet"),
+        Source("s", tmp_path, "dataset"),
+    ):
+        found = [d.text for d in read(source)]
+        assert found == ["eins", "zwei ü"] * (1 if source.format == "parquet" else 2)
+
+
+def test_columns_that_hold_no_one_text_are_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table([TEXT, TEXT], ["text", "text"]), tmp_path / "a")
+    with pytest.raises(DataError, match=r"'text' must be there once; write the file with unique"):
+        read(Source("s", tmp_path, "parquet"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a")
+    with pytest.raises(DataError, match=r"no text column 'text'.*int64.*of type string, large_st"):
+        read(Source("s", tmp_path, "parquet"))
+
+
+def test_a_byte_order_mark_before_a_long_line_is_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONG_LINE_BYTES", 40)
+    lines = [{"text": "long words " * 9}, {"text": "short"}]
+    raw = "".join(json.dumps(line) + "\r\n" for line in lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + raw)
+    skips = Skips(strict=True)
+    found = read(Source("s", tmp_path, "jsonl"), skips)
+    assert [d.text for d in found] == [line["text"] for line in lines]
+
+
+def test_a_frame_with_a_long_window_is_read(tmp_path):
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    # streamed, so that no content size makes the window smaller
+    raw = stream.compress(b"inside") + stream.flush()
+    assert zstandard.get_frame_parameters(raw).window_size == 1 << 28
+    (tmp_path / "a.txt.zst").write_bytes(raw)
+    assert [d.text for d in read(Source("s", tmp_path))] == ["inside"]
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.txt").write_text("inside")
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXT}), tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / name / "a.parquet")
+    texts = Source("s", tmp_path, glob="**/*.txt")
+    assert len(fingerprint(texts)) == 16
+    assert [part.key for unit in plan_units(texts, 1) for part in unit.parts] == [f"{name}/a.txt"]
+    assert [d.text for d in read(texts)] == ["inside"]
+    (joined,) = read(Source("s", tmp_path, "directory", glob="**/*.txt"))
+    assert joined.text == "==> caf\ufffd/a.txt <==\ninside\n"
+    assert len(read(Source("s", tmp_path, "parquet", glob="**/*.parquet"))) == 2
