@@ -23,16 +23,15 @@ import tiktoken
 
 SPACE = "▁"
 # GPT-2's expression, and the same after Digits has cut out single digits.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 # Looking ahead doubles a match's time. These need not: a NUL stands before the last whitespace of
 # a run where the expressions above would end a match there.
 _MARKED = {
-    _GPT2: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00",
-    _DIGITS: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00",
+    GPT2: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00",
+    DIGITS: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00",
 }
-# Llama-3's: no alternative goes on from a letter or digit into a space here either.
-_LLAMA3 = (
+LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -42,9 +41,6 @@ _OTHER_SPACES = "\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _ODD_RUN = re.compile(
     rf"[{_OTHER_SPACES}][\t-\r {_OTHER_SPACES}]|[\t-\r ][{_OTHER_SPACES}]|[\t-\r ]{{2}}[^\x00-\x7f]"
 )
-# Where a text may be cut: see tokenizer.Encoder.
-AFTER_WORD = re.compile(r"(?<=[^\W_]) ")
-AFTER_WORD_OR_MARK = re.compile(r"(?<=[^\W_]|[!-/:-@\[-^`{-~])[ \n]")
 _IS_SPACE = np.isin(np.arange(256), list(_ASCII_SPACES))
 # Never a byte of UTF-8.
 _NO_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
@@ -92,9 +88,9 @@ def expression(config: dict) -> str | None:
     if last["add_prefix_space"]:
         return None
     if kinds == ["ByteLevel"] and last["use_regex"]:
-        return _GPT2
+        return GPT2
     if kinds == ["Digits", "ByteLevel"] and last["use_regex"] and steps[0]["individual_digits"]:
-        return _DIGITS
+        return DIGITS
     if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
         split = steps[0]
         if split["behavior"] == "Isolated" and not split["invert"]:
@@ -116,36 +112,14 @@ def prefix_rule(config: dict) -> str | None:
     parts = (normalizer or {}).get("normalizers", [])
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepends = {"type": "Prepend", "prepend": SPACE}
+    if not steps and replaces in (normalizer, *parts[:1]) and len(parts) < 2:
+        return "never"
     return "always" if not steps and parts == [prepends, replaces] else None
 
 
 def crosses_spaces(config: dict) -> bool:
     """Whether a token holds a space after another character."""
     return any(SPACE in token.lstrip(SPACE) for token in config["model"]["vocab"])
-
-
-def cut_of(config: dict, own_prefix: bool) -> re.Pattern | None:
-    """Where a text may be cut without a change of ids; None: nowhere that is proven.
-
-    Args:
-        own_prefix: whether the caller puts the first piece's space itself, so that later pieces
-            get none.
-    """
-    if not is_plain_bpe(config):
-        return None
-    found = expression(config)
-    if found is not None:
-        known = {_GPT2: AFTER_WORD_OR_MARK, _DIGITS: AFTER_WORD_OR_MARK, _LLAMA3: AFTER_WORD}
-        return known.get(found)
-    model = config["model"]
-    # A space outside the vocabulary could join its unknown neighbours into one token, and
-    # ignore_merges takes a last piece that is a token of the vocabulary without its merges.
-    unproven = crosses_spaces(config) or SPACE not in model["vocab"] or model["ignore_merges"]
-    rule = prefix_rule(config)
-    if rule is None or unproven or (rule == "always" and not own_prefix):
-        return None
-    in_tokens = any("\n" in token for token in model["vocab"] if len(token) > 1)
-    return AFTER_WORD_OR_MARK if own_prefix and not in_tokens else AFTER_WORD
 
 
 def _merged(model: dict) -> dict[str, int]:
@@ -177,20 +151,20 @@ class MergeEngine:
         self._marks: np.ndarray | None = None
         self._marked = None
         self._unknown: list[bytes] = []
-        self.prefix = "never"
+        self._fallback: list[int] = []
         pattern = expression(config)
         if pattern is not None:
             self._byte_level(config["model"])
             self._engine = self._core(pattern)
             if pattern in _MARKED:
                 self._marked = self._core(_MARKED[pattern])
-                ends = _ASCII_SPACES + (b"0123456789" if pattern == _DIGITS else b"")
+                ends = _ASCII_SPACES + (b"0123456789" if pattern == DIGITS else b"")
                 self._marks = np.isin(np.arange(256), list(ends))
         else:
             rule = prefix_rule(config)
             if rule is None:
                 raise Unsupported("neither byte-level nor BPE over the whole text")
-            self.prefix = rule
+            self._prefix = rule
             self._engine = self._core(self._whole_text(config))
         self._table = np.array(self._ids, np.int32)
 
@@ -200,7 +174,7 @@ class MergeEngine:
         Args:
             first: whether the text begins a document.
         """
-        if self.prefix != "never":
+        if self._fallback:
             return self._encode_whole(text, first)
         raw = text.encode()
         if any(byte in raw for byte in self._unknown):
@@ -216,7 +190,8 @@ class MergeEngine:
 
     def _encode_whole(self, text: str, first: bool) -> np.ndarray:
         text = text.replace(SPACE, " ")
-        if first and text and (self.prefix == "always" or not text.startswith(" ")):
+        prefixed = self._prefix == "always" or not text.startswith(" ")
+        if first and text and prefixed and self._prefix != "never":
             text = " " + text
         ranks = np.array(self._engine.encode_ordinary(text), np.intp)
         ids = self._table[ranks]

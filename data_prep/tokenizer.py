@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from data_prep.merges import MergeEngine, Unsupported, cut_of
+from data_prep.cuts import cut_of, pieces
+from data_prep.merges import MergeEngine, Unsupported
 from data_prep.parity import parity_sample
 from data_prep.sources import DataError
 from data_prep.tokenizer_folder import file_tokenizer, open_tokenizer
@@ -38,14 +38,8 @@ class Encoder:
     """Ids of a tokenizers.Tokenizer that adds no special token and reads none out of the text.
 
     "<s>" in a text is three characters, not the start of a document. A long document is encoded
-    in pieces of about PIECE_CHARACTERS where that provably gives the ids of the whole, because
-    the memory and time of one call grow with its text; otherwise whole. A cut before a space or
-    line end that follows a word (or ASCII punctuation) is proven for plain BPE, where no added
-    token can match over the cut, in two cases:
-    - byte-level with GPT-2's regular expression (with or without Digits before it): no alternative
-      goes on from there into whitespace, and none before the cut looks ahead over it;
-    - BPE over the whole text, when no token of the vocabulary holds a space (line end) after
-      another character: then no merge joins the two sides.
+    in pieces of about PIECE_CHARACTERS where that provably gives the ids of the whole (cuts.py),
+    because the memory and time of one call grow with its text; otherwise whole.
     """
 
     def __init__(self, serialized: str, engine: str = "tokenizers") -> None:
@@ -99,30 +93,6 @@ class Encoder:
                 f"the text that begins {text[:60]!r}: tiktoken's engine gives other ids than "
                 "tokenizers; set data.engine=tokenizers"
             )
-
-
-def pieces(texts: Iterable[str], cut: re.Pattern | None, piece_characters: int) -> Iterator[str]:
-    """A text that comes in pieces, cut anew: at least `piece_characters` each but the last.
-
-    Args:
-        cut: where it may be cut, before the matched character; None: nowhere.
-    """
-    rest, seen = "", 0
-    for text in texts:
-        rest += text
-        start = 0
-        while cut and len(rest) - start > piece_characters:
-            found = cut.search(rest, max(start + piece_characters, seen))
-            if not found:
-                # what has been searched is not searched again
-                seen = len(rest)
-                break
-            yield rest[start : found.start()]
-            start = found.start()
-        rest = rest[start:]
-        seen = max(0, seen - start)
-    if rest:
-        yield rest
 
 
 def mismatch(encoder: Encoder) -> str | None:

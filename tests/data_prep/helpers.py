@@ -3,12 +3,24 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+
+from data_prep.merges import LLAMA3
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, 12 times and 3456 more.\n",
     "def f(x):\n    return x + 1  # a comment\n\n\nclass A:\n    pass\n",
     "Llamas live in the mountains; they eat grass   and   hay.\tTabs too. It's theirs.",
+    "中文字符，没有空格。中文字，没有。",
 ] * 3
 
 
@@ -52,6 +64,22 @@ def prefixed() -> Tokenizer:
         ],
     }
     return Tokenizer.from_str(json.dumps(described))
+
+
+def llama3() -> Tokenizer:
+    """A byte-level BPE with Llama-3's expression."""
+    tokenizer = byte_level(use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), tokenizer.pre_tokenizer]
+    )
+    return tokenizer
+
+
+def replaced() -> Tokenizer:
+    """A BPE over the whole text that puts no space before it, as Yi's."""
+    tokenizer = prefixed()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
+    return tokenizer
 
 
 def _train(tokenizer: Tokenizer, alphabet: list[str], special: list[str]) -> None:

@@ -8,17 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from data_prep.cuts import pieces
 from data_prep.merges import MergeEngine, Unsupported
 from data_prep.parity import parity_sample
 from data_prep.sources import DataError
-from data_prep.tokenizer import Encoder, choose_engine, load_tokenizer, pieces
-from tests.data_prep.helpers import TEXTS, byte_level, metaspace, prefixed, save_model_folder
+from data_prep.tokenizer import Encoder, choose_engine, load_tokenizer
+from tests.data_prep.helpers import (
+    TEXTS,
+    byte_level,
+    llama3,
+    metaspace,
+    prefixed,
+    replaced,
+    save_model_folder,
+)
 
 SERIALIZED = {
     "byte_level": byte_level().to_str(),
     "digits": byte_level(digits=True).to_str(),
     "metaspace": metaspace().to_str(),
     "prefixed": prefixed().to_str(),
+    "llama3": llama3().to_str(),
+    "replaced": replaced().to_str(),
 }
 ENCODERS = {
     (kind, engine): Encoder(serialized, engine)
@@ -29,6 +40,7 @@ ENCODERS = {
 FRAGMENTS = st.sampled_from(
     ["The", " quick", " ", "  ", "\n", "\t", "12", "3", "'s", " theirs", "<s>", "\u00a0", "▁", "é"]
     + ["\x1c", "\u2028", "ü ", "中文", "\U0001f600", ",", " hay.", "   and"]
+    + ["。", "，「", "字符", "ab1c2", "+/=", "'", "’s", "ไทย", "12345", "s't", "\r\n", "。\n"]
     + ["\x00", "\n\n", "\u3000", "\x85 ", "½"]
 )
 
@@ -60,6 +72,23 @@ def test_pieces_are_bounded_and_join_to_the_text():
         assert max(map(len, found)) < 150
     assert list(pieces(iter(["a b", " c"]), None, 1)) == ["a b c"]
     assert list(pieces(iter(["", ""]), cut, 1)) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENCODERS if kind != ("prefixed", "tokenizers")])
+@pytest.mark.parametrize(
+    "text",
+    ["这里没有空格，" * 300, "เที่ยว ไทย," * 300, "QmFzZTY0/+" * 300, "aB1" * 900, "a,b" * 900],
+    ids=["cjk", "thai", "base64", "digits", "marks"],
+)
+def test_texts_without_spaces_are_cut_too(kind, text):
+    encoder = ENCODERS[kind]
+    if kind[0] == "metaspace" and kind[1] == "tokenizers" and " " not in text:
+        # a piece that begins with a space gets none before it, any other would
+        assert encoder.cut(text, 50) is None
+        return
+    found = list(pieces([text], encoder.cut, 50))
+    assert max(map(len, found)) < 80
+    assert in_pieces(encoder, [text], 50) == encoder.reference(text).tolist()
 
 
 @pytest.mark.parametrize("kind", SERIALIZED)
@@ -168,7 +197,7 @@ def crossing_metaspace() -> Encoder:
 def test_no_cut_where_a_token_holds_a_space_after_a_letter():
     encoder = crossing_metaspace()
     assert in_pieces(encoder, ["a b"], 1) == [5]
-    assert not encoder.cut
+    assert encoder.cut("a b", 1) is None
     encoder.cut = ENCODERS["metaspace", "tokenizers"].cut
     assert in_pieces(encoder, ["a b"], 1) == [2, 4]
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from data_prep.sources import DataError
 from data_prep.tokenizer import Encoder, load_tokenizer
 from data_prep.tokenizer_folder import check_saved, file_tokenizer, open_tokenizer, save_tokenizer
-from tests.data_prep.helpers import TEXTS, byte_level, metaspace, prefixed
+from tests.data_prep.helpers import TEXTS, byte_level, metaspace, prefixed, replaced
 
 STARTS = [
     "The quick",
@@ -23,12 +23,6 @@ STARTS = [
     "\x00\x01 a",
 ]
 PROBES = [*STARTS, "The  ", "The\n", "12 and   3456", "a<s>b </s>", "中文 a😀", "", " ", *TEXTS]
-
-
-def without_prefix() -> Tokenizer:
-    tokenizer = prefixed()
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
-    return tokenizer
 
 
 def with_nfkc() -> Tokenizer:
@@ -47,7 +41,7 @@ KINDS = {
     "byte_level": byte_level,
     "metaspace": metaspace,
     "prefixed": prefixed,
-    "without_prefix": without_prefix,
+    "replaced": replaced,
     "nfkc": with_nfkc,
     "added_word": with_added_word,
 }
