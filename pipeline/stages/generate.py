@@ -60,22 +60,25 @@ def read_prompt(wanted: GenerateSection) -> str:
             "continued; set one of them"
         )
     if wanted.prompt_file:
-        try:
-            text = Path(wanted.prompt_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise StageError(
-                f"generate.prompt_file={wanted.prompt_file!r}: {error.strerror}; name a text file"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise StageError(
-                f"generate.prompt_file={wanted.prompt_file!r}: is not UTF-8 text ({error}); "
-                "convert it, or name another file"
-            ) from error
         named = f"generate.prompt_file={wanted.prompt_file!r}"
+        try:
+            raw = Path(wanted.prompt_file).read_bytes()
+        except OSError as error:
+            raise StageError(f"{named}: {error.strerror}; name a text file") from error
     elif wanted.prompt == STDIN:
-        text, named = sys.stdin.read(), "standard input"
+        # its bytes: what Python makes of them follows the locale
+        raw, named = sys.stdin.buffer.read(), "standard input"
     else:
-        text, named = wanted.prompt, "generate.prompt=''"
+        # "surrogatepass": what the command line had of other bytes is then no UTF-8 either
+        raw = wanted.prompt.encode("utf-8", "surrogatepass")
+        named = f"generate.prompt={wanted.prompt[:40]!r}"
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise StageError(
+            f"{named}: is not UTF-8 text ({error}); convert it, such as by "
+            "`iconv -f latin1 -t utf-8`, or give another text"
+        ) from error
     if not text:
         raise StageError(
             f"{named}: there is nothing to continue; set generate.prompt='Once upon a time' "

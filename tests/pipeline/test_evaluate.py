@@ -364,12 +364,16 @@ def asked(finished, tmp_path):
     return ask
 
 
+def standard_input(raw):
+    return io.TextIOWrapper(io.BytesIO(raw), "utf-8", "surrogateescape")
+
+
 def test_a_prompt_from_a_file_and_from_standard_input(asked, tmp_path, monkeypatch):
     _, wanted = asked(prefill_chunk=3)
     path = tmp_path / "prompt.txt"
     path.write_text("The quick brown fox")
     assert asked(prompt="", prompt_file=str(path))[1]["text"] == wanted["text"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("The quick brown fox"))
+    monkeypatch.setattr("sys.stdin", standard_input(b"\xef\xbb\xbfThe quick brown fox"))
     assert asked(prompt="-")[1]["text"] == wanted["text"]
     drawn = [asked(temperature=5.0, seed=seed)[1]["text"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -383,7 +387,13 @@ def test_prompts_that_generate_refuses(asked, tmp_path, monkeypatch):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(StageError, match="binary': is not UTF-8 text"):
         asked(prompt="", prompt_file=str(tmp_path / "binary"))
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    # as Python opens it where the locale is C: other bytes become half surrogate pairs
+    monkeypatch.setattr("sys.stdin", standard_input(b"Un caf\xe9"))
+    with pytest.raises(StageError, match=r"standard input: is not UTF-8 text .*0xe9.*iconv"):
+        asked(prompt="-")
+    with pytest.raises(StageError, match=r"generate.prompt=.caf.udce9.: is not UTF-8.*iconv"):
+        asked(prompt="caf\udce9")
+    monkeypatch.setattr("sys.stdin", standard_input(b""))
     with pytest.raises(StageError, match="standard input: there is nothing to continue"):
         asked(prompt="-")
     with pytest.raises(StageError, match="generate.temperature=-1: must be 0"):
