@@ -101,13 +101,16 @@ class CachedTokens:
         k_BGLH, v_BGLH = (self.unpack(x).transpose(1, 2) for x in (k_TGH, v_TGH))
         k_BGSH, v_BGSH = cache.update(k_BGLH, v_BGLH, layer)
         step, device = cache.shared.steps[pattern], q_TNH.device
+        where = cache.query_positions.to(device), step.key_positions.to(device)
+        if pattern.is_full and self.shape[1] == 1:
+            # One new token sees every slot in use: no position is read.
+            where = None, None
         out_BLNH = cached_attention(
             self.unpack(q_TNH),
             k_BGSH,
             v_BGSH,
             pattern,
-            cache.query_positions.to(device),
-            step.key_positions.to(device),
+            *where,
             slots_used_B=None if step.used is None else step.used.to(device),
             first_kv_head=cache.first_kv_head,
             total_kv_heads=cache.total_kv_heads,
