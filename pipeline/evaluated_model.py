@@ -18,11 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from kernels.pattern import Pattern
 from model.config import describe_schedule
-from model.mapping import config_from_hf
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from pipeline.hf_folder import load_source, longgen_config
 from pipeline.manifest import StageContext, StageError, digest, read_manifest
+from pipeline.model_source import read_config
 from pipeline.schema import Config
-from pipeline.stages.export import load_source, longgen_config
 
 BASE, FINAL, REDUCED, BASE_REDUCED = "base", "final", "reduced", "base_reduced"
 OWN = (BASE, FINAL, REDUCED, BASE_REDUCED)
@@ -281,7 +281,7 @@ def model_config(name: str, context: StageContext) -> LongGenConfig:
         if values.get("model_type") == LongGenConfig.model_type:
             config = LongGenConfig.from_pretrained(folder)
         else:
-            config = longgen_config(config_from_hf(values), folder)
+            config = longgen_config(read_config(folder), folder)
     except (OSError, ValueError) as error:
         raise StageError(
             f"{folder}: holds no model that several processes can share "
