@@ -30,6 +30,7 @@ from pipeline import packages
 from pipeline.evaluated_model import FINAL, OWN, Evaluated, needs_export, open_model
 from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.progress import track_work
+from pipeline.prompts import encode_prompt
 from pipeline.records import Journal, Record, read_records
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection, task_packages
@@ -38,7 +39,7 @@ from pipeline.serving import join_ranks
 from pipeline.shared_model import open_shared
 from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler, short
 from pipeline.tasks.material import Material
-from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
+from pipeline.tasks.sample import Prompt, Sample
 
 RESUMABLE = True
 DISTRIBUTED = True
@@ -100,7 +101,7 @@ class Retokenized(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:
         if index not in self._made:
             text = self.old.decode(self.documents[index][1:])
-            self._made[index] = with_bos(self.new, encode(self.new, text))
+            self._made[index] = encode_prompt(self.new, text)
         return self._made[index]
 
 
@@ -175,7 +176,9 @@ class Evaluation:
     def __init__(self, context: StageContext) -> None:
         self.context = context
         self.section: EvalSection = context.config.eval
-        self.base_tokenizer = AutoTokenizer.from_pretrained(context.folder("fetch") / "model")
+        self.base_tokenizer = AutoTokenizer.from_pretrained(
+            context.folder("fetch") / "model", trust_remote_code=False, local_files_only=True
+        )
         documents = HeldOutDocuments(context.folder("data_prep") / "held_out_documents")
         self.own_material = self._material(self.base_tokenizer, documents)
         self._samples: dict[str, list[tuple[str, Any]]] = {}
@@ -233,7 +236,9 @@ class Evaluation:
         if name not in self._tokenizers:
             folder = self.section.folders[name]
             try:
-                found = AutoTokenizer.from_pretrained(Path(folder).expanduser())
+                found = AutoTokenizer.from_pretrained(
+                    Path(folder).expanduser(), trust_remote_code=False, local_files_only=True
+                )
             except (OSError, ValueError) as error:
                 raise StageError(
                     f"eval.folders.{name}={folder!r}: holds no tokenizer that can be loaded "
