@@ -31,7 +31,7 @@ from pipeline.schema import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO_MAP = {
-    "AutoConfig": "modeling_longgen.LongGenConfig",
+    "AutoConfig": "configuration_longgen.LongGenConfig",
     "AutoModelForCausalLM": "modeling_longgen.LongGenForCausalLM",
 }
 COPIED = (
