@@ -46,8 +46,8 @@ def cached_attention(
     k_BGSH: torch.Tensor,
     v_BGSH: torch.Tensor,
     pattern: Pattern,
-    q_positions_BL: torch.Tensor,
-    k_positions_BPS: torch.Tensor | None,
+    q_positions_BL: torch.Tensor | None = None,
+    k_positions_BPS: torch.Tensor | None = None,
     *,
     slots_used_B: torch.Tensor | None = None,
     first_kv_head: int = 0,
@@ -55,32 +55,40 @@ def cached_attention(
 ) -> torch.Tensor:
     """out [B, L, N, H]; at padding (a query's position below 0) anything but NaN.
 
-    The arguments are decode_attention's, but for k_positions_BPS: None where the slots of a full
-    pattern are the positions, and slots_used_B says how many there are. On a GPU nothing waits for
-    the device.
-    """
-    if k_positions_BPS is None:
-        k_positions_BPS = torch.arange(k_BGSH.shape[2], device=k_BGSH.device)
-        k_positions_BPS = k_positions_BPS.expand(k_BGSH.shape[0], 1, -1)
-    new_tokens, heads = q_BLNH.shape[1:3]
-    shard = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}
-    if not kernels_serve(q_BLNH):
-        total = k_BGSH.shape[1] if total_kv_heads is None else total_kv_heads
-        where = q_positions_BL, k_positions_BPS
-        return _by_torch(
-            q_BLNH, k_BGSH, v_BGSH, pattern, *where, slots_used_B, first_kv_head, total
-        )
-    from .chunk import chunk_attention
-    from .decode import MOST_QUERIES, decode_attention
+    The arguments are decode_attention's, for any number of queries and any head dim. On a GPU
+    nothing waits for the device.
 
+    Raises:
+        ValueError: for one of the two positions without the other, or what the kernels refuse.
+    """
+    if (q_positions_BL is None) != (k_positions_BPS is None):
+        missing = "q_positions_BL" if q_positions_BL is None else "k_positions_BPS"
+        raise ValueError(f"{missing} is missing: pass positions of both queries and slots, or none")
+    (batch, new_tokens, heads), (kv_heads, slots) = q_BLNH.shape[:3], k_BGSH.shape[1:3]
+    shard = {"first_kv_head": first_kv_head, "total_kv_heads": total_kv_heads}
+    tensors, served = (q_BLNH, k_BGSH, v_BGSH), kernels_serve(q_BLNH)
+    if served:
+        from .decode import MOST_QUERIES, decode_attention
+
+        if new_tokens * heads // kv_heads <= MOST_QUERIES:
+            where = q_positions_BL, k_positions_BPS
+            options = {"slots_used_B": slots_used_B, **shard}
+            return decode_attention(*tensors, pattern, *where, **options)[0]
+    if k_positions_BPS is None:
+        # A query behind all slots sees all of them.
+        pattern = Pattern.full()
+        k_positions_BPS = torch.arange(slots, device=k_BGSH.device).expand(batch, 1, -1)
+        q_positions_BL = k_positions_BPS.new_full((batch, new_tokens), slots)
+    if slots_used_B is not None:
+        beyond = torch.arange(slots, device=k_BGSH.device) >= slots_used_B[:, None, None]
+        k_positions_BPS = k_positions_BPS.masked_fill(beyond, -1)
     where = q_positions_BL, k_positions_BPS
-    if new_tokens * heads // k_BGSH.shape[1] > MOST_QUERIES:
-        return chunk_attention(q_BLNH, k_BGSH, v_BGSH, pattern, *where, **shard)[0]
-    if pattern.is_full and new_tokens == 1 and slots_used_B is not None:
-        # One token sees every slot in use: no position is read.
-        where = None, None
-    shard["slots_used_B"] = slots_used_B
-    return decode_attention(q_BLNH, k_BGSH, v_BGSH, pattern, *where, **shard)[0]
+    if served:
+        from .chunk import chunk_attention
+
+        return chunk_attention(*tensors, pattern, *where, **shard)[0]
+    total = kv_heads if total_kv_heads is None else total_kv_heads
+    return _by_torch(*tensors, pattern, *where, slots_used_B, first_kv_head, total)
 
 
 def _by_torch(
@@ -89,11 +97,10 @@ def _by_torch(
     """The same by torch's SDPA under a mask, some queries at a time."""
     (batch, columns, _, head_dim), groups = q_BLNH.shape, k_BGSH.shape[1]
     if used_B is not None:
-        most = int(used_B.max())
+        # What no row uses is not read.
+        most = max(1, int(used_B.max()))
         k_BGSH, v_BGSH = k_BGSH[:, :, :most], v_BGSH[:, :, :most]
         k_positions_BPS = k_positions_BPS[..., :most]
-        beyond = torch.arange(most, device=used_B.device) >= used_B[:, None, None]
-        k_positions_BPS = k_positions_BPS.masked_fill(beyond, -1)
     # The query heads of a KV head stand side by side as queries: keys are never repeated.
     q_BGRLH = q_BLNH.view(batch, columns, groups, -1, head_dim).permute(0, 2, 3, 1, 4)
     ratio = q_BGRLH.shape[2]
@@ -104,8 +111,9 @@ def _by_torch(
     for start in range(0, columns, tile):
         q_tile = q_BGRLH[:, :, :, start : start + tile]
         q = q_positions_BL[:, None, start : start + tile, None]
-        # Padding sees all: a row of the mask without any key would give NaN.
         mask = (pattern.visible(q, k, kv_head, total) & (k >= 0)) | (q < 0)
+        # What sees nothing sees all: a row of the mask without any key would give NaN.
+        mask = mask | ~mask.any(-1, keepdim=True)
         mask = mask[:, :, None].expand(-1, -1, ratio, -1, -1).flatten(2, 3)
         out = F.scaled_dot_product_attention(q_tile.flatten(2, 3), k_BGSH, v_BGSH, mask)
         outs.append(out.view(q_tile.shape))

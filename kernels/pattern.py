@@ -34,7 +34,8 @@ class KeyRanges:
         if self.strided is not None:
             first, stop, step, start, limit = self.strided
             blocks = np.arange(first, stop, step, dtype=np.int64) * self.block
-            keys = (blocks[:, None] + np.arange(self.block, dtype=np.int64)).ravel()
+            # A block may be larger than the text.
+            keys = (blocks[:, None] + np.arange(min(self.block, limit), dtype=np.int64)).ravel()
             parts.append(keys[(keys >= start) & (keys < limit)])
         return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 

@@ -235,8 +235,9 @@ class Decoder:
                 self._split(qkv_BC)[0][:, None],
                 *cached,
                 pattern,
-                lengths[:, None],
-                cache.positions.get(pattern),
+                # Of a full pattern the new token sees every slot in use: no position is read.
+                None if pattern.is_full else lengths[:, None],
+                None if pattern.is_full else cache.positions[pattern],
                 slots_used_B=used[pattern],
                 **self._whole,
             )

@@ -233,7 +233,8 @@ def _prove(
 ) -> None:
     """Refuse a saved folder whose token ids, weights or logits differ from those in memory."""
     ids = tokenizer(PROBE, add_special_tokens=False).input_ids
-    saved_ids = AutoTokenizer.from_pretrained(out)(PROBE, add_special_tokens=False).input_ids
+    saved_tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    saved_ids = saved_tokenizer(PROBE, add_special_tokens=False).input_ids
     saved = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
     weights, stored = model.state_dict(), saved.state_dict()
     changed = [name for name in weights if not torch.equal(weights[name], stored[name])]

@@ -9,7 +9,9 @@ head. Megatron's names and forms here are those of a model without tensor parall
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -84,10 +86,11 @@ def merge(name: str, parts: Sequence[torch.Tensor], config: ModelConfig) -> torc
     """The Megatron tensor `name` (TP=1 form) of its HF tensors, in `megatron_to_hf_names`' order.
 
     linear_qkv is [G * (Q + 2) * H, D]: per KV group its query heads, then its key, then its value.
-    linear_fc1 is [2 * F, D]: the gate, then the up projection.
+    linear_fc1 is [2 * F, D]: the gate, then the up projection. Parts of several dtypes give the
+    narrowest dtype that holds all of them exactly.
 
     Raises:
-        MappingError: on an unknown name, a wrong shape or parts of different dtypes.
+        MappingError: on an unknown name or a wrong shape.
     """
     sources = _sources(name, config)
     shapes = hf_shapes(config)
@@ -97,11 +100,6 @@ def merge(name: str, parts: Sequence[torch.Tensor], config: ModelConfig) -> torc
         raise MappingError(
             f"{name}: parts of shapes {found}; must be {expected} ({', '.join(sources)}); "
             "check the model's config.json"
-        )
-    if len({part.dtype for part in parts}) != 1:
-        raise MappingError(
-            f"{name}: parts of dtypes {[str(part.dtype) for part in parts]}; must be one dtype; "
-            "save the model in one dtype"
         )
     if "linear_qkv" in name:
         groups = config.num_kv_heads
@@ -142,11 +140,12 @@ def megatron_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
 def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     """The shape of a Hugging Face Llama's config.json: all layers full, both ropes its own.
 
-    Values that config.json leaves out take transformers' defaults for a Llama.
+    transformers' LlamaConfig reads the values, so that defaults, older keys and the precedence of
+    keys that contradict each other are its own.
 
     Raises:
         MappingError: on another architecture, a feature that the Megatron model lacks, a rope type
-            outside `model.rope.ROPE_TYPES` or a missing value.
+            outside `model.rope.ROPE_TYPES` or a value that transformers refuses.
     """
     for key, legal in (
         ("model_type", ("llama",)),
@@ -155,6 +154,8 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
         ("mlp_bias", (False, None)),
         ("pretraining_tp", (1, None)),
         ("quantization_config", (None,)),
+        # Names the file of the weights: the reader of weights does not look for it.
+        ("transformers_weights", (None,)),
     ):
         if values.get(key) not in legal:
             shown = "absent" if legal == (None,) else repr(legal[0])
@@ -173,52 +174,60 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(values.get(key), int) or values[key] < 1:
             raise MappingError(
                 f"config.json: {key}={values.get(key)!r}: must be a whole number of at least 1; "
-                "mend config.json or fetch the model again"
+                "correct config.json or fetch the model again"
             )
-    num_heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    num_kv_heads = values.get("num_key_value_heads") or num_heads
-    if num_heads % num_kv_heads:
+    # Takes seconds, and most commands read no config.json.
+    from transformers import LlamaConfig
+
+    try:
+        llama = LlamaConfig.from_dict(copy.deepcopy(dict(values)))
+    # Its checks of types and of rope parameters raise errors of several kinds.
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise MappingError(
-            f"config.json: num_attention_heads={num_heads}: must be a multiple of "
-            f"num_key_value_heads={num_kv_heads}; mend config.json or fetch the model again"
+            f"config.json: must be what transformers' LlamaConfig takes ({shorten(reason, 200)}); "
+            "correct config.json or fetch the model again"
+        ) from error
+    if llama.num_attention_heads % llama.num_key_value_heads:
+        raise MappingError(
+            f"config.json: num_attention_heads={llama.num_attention_heads}: must be a multiple of "
+            f"num_key_value_heads={llama.num_key_value_heads}; correct config.json or fetch the "
+            "model again"
         )
-    rope = _rope_parameters(values)
+    rope = _rope_parameters(llama.rope_parameters)
     return ModelConfig(
-        num_layers=values["num_hidden_layers"],
-        hidden_size=hidden,
-        ffn_hidden_size=values["intermediate_size"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=values.get("head_dim") or hidden // num_heads,
-        vocab_size=values["vocab_size"],
-        max_positions=values.get("max_position_embeddings") or 2048,
-        norm_eps=values.get("rms_norm_eps") or 1e-6,
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        num_layers=llama.num_hidden_layers,
+        hidden_size=llama.hidden_size,
+        ffn_hidden_size=llama.intermediate_size,
+        num_heads=llama.num_attention_heads,
+        num_kv_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        vocab_size=llama.vocab_size,
+        max_positions=llama.max_position_embeddings,
+        norm_eps=llama.rms_norm_eps,
+        tie_embeddings=llama.tie_word_embeddings,
         rope=rope,
         sparse_rope=dict(rope),
-        is_full=(True,) * values["num_hidden_layers"],
+        is_full=(True,) * llama.num_hidden_layers,
     )
 
 
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope parameters as transformers 5 writes them, of its keys or of the older ones."""
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    kind = given.get("rope_type") or given.get("type") or "default"
+def _rope_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `model.rope` needs of the rope parameters that transformers read."""
+    kind = given.get("rope_type")
     if kind not in ROPE_TYPES:
         raise MappingError(
             f"config.json: rope_type={kind!r}: must be one of {', '.join(ROPE_TYPES)}; choose "
             "another model.source"
         )
-    base = given.get("rope_theta") or values.get("rope_theta") or 10000.0
-    rope = {**given, "rope_theta": float(base)}
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    missing = [key for key in ROPE_KEYS[kind] if rope.get(key) is None]
-    if missing or partial != 1.0:
+    missing = [key for key in ROPE_KEYS[kind] if given.get(key) is None]
+    if missing or given.get("partial_rotary_factor", 1.0) != 1.0:
         raise MappingError(
             f"config.json: rope parameters {given}: rope_type {kind!r} needs "
-            f"{', '.join(ROPE_KEYS[kind])} and a partial_rotary_factor of 1; mend config.json"
+            f"{', '.join(ROPE_KEYS[kind])} and a partial_rotary_factor of 1; correct config.json"
         )
-    return {"rope_type": kind, **{key: rope[key] for key in ROPE_KEYS[kind]}}
+    rope = {key: given[key] for key in ROPE_KEYS[kind]}
+    return {"rope_type": kind, **rope, "rope_theta": float(rope["rope_theta"])}
 
 
 def _sources(name: str, config: ModelConfig) -> tuple[str, ...]:

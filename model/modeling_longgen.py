@@ -10,73 +10,20 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .cache import LongGenCache
-from .pattern import Pattern
+from .configuration_longgen import LongGenConfig
 from .rope import inverse_frequencies, rotate
-from .tokens import CachedTokens, PackedTokens
+from .tokens import CachedTokens, PackedTokens, lay_out
 
 # New tokens for which generate's cache has room from the start.
 MOST_RESERVED = 2048
-
-
-class LongGenConfig(PreTrainedConfig):
-    """Llama's fields and the hybrid's.
-
-    pattern: fields of `Pattern`, for the sparse layers. is_full: for each layer, whether it is
-    full (None: all). rope, sparse_rope: rope parameters of full and of sparse layers, as in rope.py
-    (sparse_rope None: those of `rope`).
-    """
-
-    model_type = "longgen"
-    keys_to_ignore_at_inference = ["past_key_values"]
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    pattern: dict | None = None
-    is_full: list | None = None
-    rope: dict | None = None
-    sparse_rope: dict | None = None
-
-    def __post_init__(self, **kwargs) -> None:
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.pattern = asdict(Pattern(**(self.pattern or {})))
-        self.is_full = [True] * self.num_hidden_layers if self.is_full is None else self.is_full
-        self.is_full = [bool(kind) for kind in self.is_full]
-        self.rope = self.rope or {"rope_type": "default", "rope_theta": 1e4}
-        self.sparse_rope = self.sparse_rope or self.rope
-        if len(self.is_full) != self.num_hidden_layers:
-            raise ValueError(
-                f"is_full has {len(self.is_full)} entries: must have one for each of the "
-                f"{self.num_hidden_layers} layers; correct config.json"
-            )
-        super().__post_init__(**kwargs)
-
-    def layer_patterns(self) -> list[Pattern]:
-        """The pattern of each layer."""
-        sparse, full = Pattern(**self.pattern), Pattern.full()
-        return [full if kind else sparse for kind in self.is_full]
 
 
 class LongGenRMSNorm(nn.Module):
@@ -138,7 +85,7 @@ class LongGenAttention(nn.Module):
         return self.o_proj(out_TNH.flatten(1))
 
 
-class LongGenDecoderLayer(nn.Module):
+class LongGenDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each after a norm, each added to the stream."""
 
     def __init__(self, config: LongGenConfig, layer: int) -> None:
@@ -166,6 +113,7 @@ class LongGenPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["LongGenDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    supports_gradient_checkpointing = True
 
 
 class LongGenModel(LongGenPreTrainedModel):
@@ -188,30 +136,6 @@ class LongGenModel(LongGenPreTrainedModel):
         angles = positions[:, None, None].float() * inverse.repeat(2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, x_BLD: torch.Tensor, tokens: PackedTokens | CachedTokens) -> torch.Tensor:
-        """Embeddings [B, L, D] to the final norm's output [B, L, D]."""
-        x_TD = tokens.pack(x_BLD)
-        ropes = {True: self.config.rope, False: self.config.sparse_rope}
-        rotations = {
-            kind: self._rotation(tokens.positions, ropes[kind], x_TD.dtype)
-            for kind in set(self.config.is_full)
-        }
-        for layer, kind in zip(self.layers, self.config.is_full, strict=True):
-            x_TD = layer(x_TD, rotations[kind], tokens)
-        return tokens.unpack(self.norm(x_TD))
-
-
-class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
-    """The language model."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: LongGenConfig) -> None:
-        super().__init__(config)
-        self.model = LongGenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
     def new_cache(self, tokens: int = 0) -> LongGenCache:
         """An empty cache for this model, with memory for rows of so many tokens, padding included.
 
@@ -220,54 +144,95 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
         patterns = self.config.layer_patterns()
         return LongGenCache(patterns, self.config.num_key_value_heads, tokens=tokens)
 
-    def _tokens(
+    def lay_out(
         self,
-        shape: tuple[int, int],
-        device: torch.device,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        cache: LongGenCache | None,
-        cu_seqlens: torch.Tensor | None,
+        past_key_values: LongGenCache | None,
+        use_cache: bool | None,
+        **others,
     ) -> PackedTokens | CachedTokens:
-        """Lay out the columns of one forward."""
-        batch, columns = shape
-        if cu_seqlens is not None:
-            bounds = cu_seqlens.cpu().long()
-            padded = attention_mask is not None and not bool(attention_mask.all())
-            if batch != 1 or cache is not None or padded or int(bounds[-1]) != columns:
+        """Lay out one forward's tokens, with a new cache where use_cache asks for one."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("must have either input_ids or inputs_embeds; pass one of them")
+        if self.training and (use_cache or past_key_values is not None):
+            # A layer that is computed again would write its keys again.
+            if past_key_values is not None and self.is_gradient_checkpointing:
                 raise ValueError(
-                    f"cu_seqlens ending at {int(bounds[-1])} with {batch} rows of {columns}: must "
-                    "describe one packed row, without cache or padding; pass rows one by one"
+                    "past_key_values with gradient checkpointing: must be None in training; leave "
+                    "it out, or call model.eval()"
                 )
-            return PackedTokens.from_lengths(bounds.diff(), None, shape, device, None)
-        if cache is not None and not isinstance(cache, LongGenCache):
+            use_cache = use_cache and not self.is_gradient_checkpointing
+        cache = self.new_cache() if use_cache and past_key_values is None else past_key_values
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        shape = given.shape[0], given.shape[1]
+        return lay_out(shape, given.device, attention_mask, cache, **others)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: LongGenCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        tokens: PackedTokens | CachedTokens | None = None,
+        **others,
+    ) -> BaseModelOutputWithPast:
+        """The final norm's output; the arguments are LongGenForCausalLM's.
+
+        Args:
+            tokens: what lay_out made of the others before.
+        """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}: must be a LongGenCache, which drops "
-                "what sparse layers never see again; pass model.new_cache() or none"
+                "output_attentions=True: must be False, since attention never holds its "
+                "probabilities; leave it out"
             )
-        seen = 0 if cache is None else cache.columns
-        real = None
-        if attention_mask is not None:
-            if attention_mask.shape != (batch, seen + columns):
-                raise ValueError(
-                    f"attention_mask {tuple(attention_mask.shape)}: must be "
-                    f"{(batch, seen + columns)}, rows x columns (cached and new), 1 for tokens and "
-                    "0 for padding; pass the tokenizer's"
-                )
-            real = attention_mask[:, seen:].bool()
-        fresh = cache is None or not cache.started
-        if fresh and real is not None:
-            # A step of decoding does not ask: that would be waiting for the device.
-            real = None if bool(real.all()) else real
-        every = torch.ones(shape, dtype=torch.bool, device=device) if real is None else real
-        if cache is not None:
-            cache.advance(every)
-        if fresh and bool(every.any()):
-            return PackedTokens.from_lengths(every.sum(1).cpu(), real, shape, device, cache)
-        if cache is None:
-            raise ValueError(
-                f"attention_mask of {tuple(shape)} has no token; pass at least one 1 in it"
+        if tokens is None:
+            tokens = self.lay_out(
+                input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, **others
             )
-        return CachedTokens(cache.query_positions.flatten(), shape, cache)
+        x_BLD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x_TD = tokens.pack(x_BLD)
+        ropes = {True: self.config.rope, False: self.config.sparse_rope}
+        rotations = {
+            kind: self._rotation(tokens.positions, ropes[kind], x_TD.dtype)
+            for kind in set(self.config.is_full)
+        }
+        wants_all = output_hidden_states
+        wants_all = self.config.output_hidden_states if wants_all is None else wants_all
+        states = []
+        for layer, kind in zip(self.layers, self.config.is_full, strict=True):
+            if wants_all:
+                states.append(tokens.unpack(x_TD))
+            x_TD = layer(x_TD, rotations[kind], tokens)
+        x_BLD = tokens.unpack(self.norm(x_TD))
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BLD,
+            past_key_values=tokens.cache,
+            hidden_states=(*states, x_BLD) if wants_all else None,
+        )
+
+
+class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # transformers' Trainer then passes num_items_in_batch.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: LongGenConfig) -> None:
+        super().__init__(config)
+        self.model = LongGenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def new_cache(self, tokens: int = 0) -> LongGenCache:
+        """An empty cache, with memory for rows of so many tokens: see LongGenModel.new_cache."""
+        return self.model.new_cache(tokens)
 
     def forward(
         self,
@@ -279,7 +244,12 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
+        **others,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits and, with labels, the loss.
 
@@ -291,42 +261,60 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
                 nats over the pairs of neighbours that lie within one document.
             logits_to_keep: only the last so many columns' logits, or these columns'; 0 for all.
             cu_seqlens: document bounds [documents + 1], from 0 to L, of one packed row (B = 1).
+            position_ids: [B or 1, L], from 0 at each document's start, several of which may lie in
+                a row. None: a row is a document, or those of cu_seqlens.
+            output_hidden_states: also return the embeddings, the output of each layer but the last,
+                and the final norm's, L + 1 of [B, L, D]; output_attentions must not be True.
+            num_items_in_batch: divides the loss's sum, in place of the number of pairs.
+            others: cu_seq_lens_q and what goes with it, other names of cu_seqlens; cache_position,
+                another of position_ids.
 
         Raises:
-            ValueError: where mask, cache, cu_seqlens or labels do not fit the tokens.
+            ValueError: where mask, cache, bounds, positions or labels do not fit the tokens.
+            TypeError: for an argument that is not known.
         """
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need every column's logits; pass logits_to_keep=0")
-        x_BLD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self.new_cache() if use_cache and past_key_values is None else past_key_values
-        shape = tuple(x_BLD.shape[:2])
-        tokens = self._tokens(shape, x_BLD.device, attention_mask, cache, cu_seqlens)
-        x_BLD = self.model(x_BLD, tokens)
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        others |= {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+        tokens = self.model.lay_out(
+            **given,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **others,
+        )
+        found = self.model(
+            **given,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            tokens=tokens,
+        )
         kept = logits_to_keep
         kept = slice(-kept if kept else None, None) if isinstance(kept, int) else kept
-        logits = self.lm_head(x_BLD[:, kept])
+        logits = self.lm_head(found.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            target = self._targets(labels, attention_mask, cu_seqlens).flatten()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
-        return output.to_tuple() if return_dict is False else output
+            target = self._targets(labels, tokens).flatten()
+            counted = {} if num_items_in_batch is None else {"reduction": "sum"}
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target, **counted)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=found.past_key_values,
+            hidden_states=found.hidden_states,
+        )
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
 
     @staticmethod
-    def _targets(
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _targets(labels: torch.Tensor, tokens: PackedTokens | CachedTokens) -> torch.Tensor:
         """What each column but the last should predict, [B, L - 1]; -100 across documents."""
-        target = labels[:, 1:].clone()
-        if attention_mask is not None:
-            real = attention_mask[:, -labels.shape[1] :].bool()
-            target[~(real[:, 1:] & real[:, :-1])] = -100
-        if cu_seqlens is not None:
-            first = cu_seqlens[1:-1].to(target.device).long()
-            target[:, first[first < labels.shape[1]] - 1] = -100
-        return target
+        # From 1 at a document's start; 0 at padding.
+        place = tokens.unpack(tokens.positions + 1)
+        neighbours = (place[:, 1:] == place[:, :-1] + 1) & (place[:, :-1] > 0)
+        return labels[:, 1:].masked_fill(~neighbours, -100)
 
     @torch.no_grad()
     def token_losses(
@@ -340,12 +328,10 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
 
         `chunk` columns' logits exist at a time, so that long rows fit.
         """
-        x_BLD = self.model.embed_tokens(input_ids)
-        tokens = self._tokens(
-            tuple(input_ids.shape), x_BLD.device, attention_mask, None, cu_seqlens
-        )
-        x_BLD = self.model(x_BLD, tokens)[:, :-1]
-        target = self._targets(input_ids, attention_mask, cu_seqlens)
+        shape = input_ids.shape[0], input_ids.shape[1]
+        tokens = lay_out(shape, input_ids.device, attention_mask, None, cu_seqlens)
+        x_BLD = self.model(input_ids, tokens=tokens).last_hidden_state[:, :-1]
+        target = self._targets(input_ids, tokens)
         parts = [
             F.cross_entropy(self.lm_head(x).float().transpose(1, 2), t, reduction="none")
             for x, t in zip(x_BLD.split(chunk, 1), target.split(chunk, 1), strict=True)
@@ -373,10 +359,21 @@ class LongGenForCausalLM(LongGenPreTrainedModel, GenerationMixin):
             logits = self(ids, mask, past_key_values=cache, logits_to_keep=1).logits
         return cache, logits[:, -1]
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """generate's hook: what stop strings need a tokenizer for is no business of `forward`."""
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ) -> dict:
+        """generate's hook; that it names inputs_embeds lets generate take them."""
+        # Stop strings need it, `forward` does not.
         kwargs.pop("tokenizer", None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        if not is_first_iteration:
+            # generate counts on, as the cache does: to compare would be waiting for the device.
+            kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, *args, **kwargs

@@ -187,12 +187,15 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
-    """The files to read: those of an index, else all safetensors files, else pickled ones."""
-    for name in (INDEX, HF_INDEX):
-        if (folder / name).is_file():
-            return _indexed_files(folder / name)
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    """The files to read: of several sets of weights in a folder, the one that transformers reads.
+
+    Of file names that transformers does not look for, all safetensors files, else pickled ones.
+    """
+    known = [INDEX, "model.safetensors", HF_INDEX]
+    known += ["pytorch_model.bin", "pytorch_model.bin.index.json"] if allow_pickle else []
+    for path in (folder / name for name in known):
+        if path.is_file():
+            return _indexed_files(path) if path.suffix == ".json" else [path]
     if found := sorted(folder.glob("*.safetensors")):
         return found
     pickled = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
@@ -214,10 +217,17 @@ def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{index}: not an index of safetensors files ({error!r}); fetch the model again"
+            f"{index}: not an index of files of tensors ({error!r}); fetch the model again"
         ) from error
+    # What lies elsewhere is in no hash of the folder's files: its changes would go unseen.
+    outside = [name for name in names if name in ("", "..") or Path(str(name)).name != name]
+    if outside:
+        raise WeightsError(
+            f"{index}: names {', '.join(map(repr, outside[:4]))}: must be names of files in that "
+            "folder; move the files there and correct the index"
+        )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise WeightsError(

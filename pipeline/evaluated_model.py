@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from kernels.pattern import Pattern
 from model.config import describe_schedule
-from model.mapping import config_from_hf
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from pipeline.hf_folder import load_source, longgen_config
 from pipeline.manifest import StageContext, StageError, digest, read_manifest
+from pipeline.model_source import read_config
+from pipeline.prompts import end_tokens
 from pipeline.schema import Config
-from pipeline.stages.export import load_source, longgen_config
 
 BASE, FINAL, REDUCED, BASE_REDUCED = "base", "final", "reduced", "base_reduced"
 OWN = (BASE, FINAL, REDUCED, BASE_REDUCED)
@@ -217,9 +218,7 @@ def load_model(name: str, context: StageContext) -> Any:
         folder = context.folder("fetch") / "model"
         return load_source(folder, dtype, config.device, config.model.allow_pickle)
     if name == FINAL:
-        model = AutoModelForCausalLM.from_pretrained(
-            context.folder("export"), trust_remote_code=True, dtype=dtype
-        )
+        model = LongGenForCausalLM.from_pretrained(context.folder("export"), dtype=dtype)
         return model.to(config.device).eval()
     pattern = Pattern(**asdict(config.pattern))
     if name == BASE_REDUCED:
@@ -245,7 +244,9 @@ def _foreign(name: str, folder: Path, dtype: torch.dtype, log: logging.Logger) -
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind == LongGenConfig.model_type:
             return LongGenForCausalLM.from_pretrained(folder, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         raise StageError(
             f"eval.folders.{name}={str(folder)!r}: holds no model that transformers can load "
@@ -281,7 +282,7 @@ def model_config(name: str, context: StageContext) -> LongGenConfig:
         if values.get("model_type") == LongGenConfig.model_type:
             config = LongGenConfig.from_pretrained(folder)
         else:
-            config = longgen_config(config_from_hf(values), folder)
+            config = longgen_config(read_config(folder), folder)
     except (OSError, ValueError) as error:
         raise StageError(
             f"{folder}: holds no model that several processes can share "
@@ -325,25 +326,10 @@ def open_model(name: str, context: StageContext, tokenizer: Any) -> EvaluatedMod
         StageError: see load_model.
     """
     model = load_model(name, context)
-    eos = end_tokens(tokenizer, model.config, getattr(model, "generation_config", None))
+    eos = end_tokens(tokenizer, model.config, model_folder(name, context))
     ours = hasattr(model, "new_cache")
     told = describe(name, model.config, type(model).__name__, model.dtype, ours, context)
     return EvaluatedModel(model, eos, ours, context.config.eval.prefill_chunk, told)
-
-
-def generation_config(folder: Path) -> GenerationConfig | None:
-    """A model folder's generation_config.json, where it has one."""
-    present = (folder / "generation_config.json").is_file()
-    return GenerationConfig.from_pretrained(folder) if present else None
-
-
-def end_tokens(tokenizer: Any, config: Any, generation: Any) -> frozenset[int]:
-    """What a tokenizer and a model's two configurations call <eos>."""
-    ends: set[int] = set()
-    for place in (tokenizer, config, generation):
-        value = getattr(place, "eos_token_id", None)
-        ends |= set(value if isinstance(value, list) else [] if value is None else [value])
-    return frozenset(ends)
 
 
 def needs_export(config: Config) -> bool:

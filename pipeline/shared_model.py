@@ -17,12 +17,11 @@ from pipeline.evaluated_model import (
     Evaluated,
     describe,
     dtype_of,
-    end_tokens,
-    generation_config,
     model_config,
     model_folder,
 )
 from pipeline.manifest import StageContext
+from pipeline.prompts import end_tokens
 from pipeline.serving import load_engine
 
 
@@ -105,6 +104,6 @@ def open_shared(
         chunk=settings.eval.prefill_chunk,
         allow_pickle=settings.model.allow_pickle,
     )
-    eos = end_tokens(tokenizer, config, generation_config(model_folder(name, context)))
+    eos = end_tokens(tokenizer, config, model_folder(name, context))
     told = describe(name, config, type(engine).__name__, dtype, True, context)
     return SharedModel(engine, eos, {**told, "tensor": shard.size})

@@ -42,7 +42,7 @@ def datasets_map(corpus: Path, model: Path, out: Path) -> int:
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     files = sorted(map(str, corpus.glob("*.jsonl")))
     rows = load_dataset("json", data_files=files, split="train", cache_dir=str(out))
     done = rows.map(

@@ -26,10 +26,10 @@ from pipeline.benchmarks.backends_said import BackendsSaid
 from pipeline.benchmarks.serving_plot import serving_by_length
 from pipeline.benchmarks.serving_stock import StockLlama
 from pipeline.benchmarks.train_rows import arm_shape
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageContext
 from pipeline.schema import Config, ServingCase
 from pipeline.serving import join_ranks
-from pipeline.stages.export import longgen_config
 
 ARMS = ("hybrid", "full", "stock")
 PACKAGES = ("torch", "triton", "transformers", "flash-attn-4")

@@ -13,13 +13,9 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.mapping import (
-    hf_shapes,
-    megatron_to_hf_names,
-    merge,
-    split,
-)
-from model.weights import DTYPES, WeightFolder, write_weights
+from model.mapping import megatron_to_hf_names, merge, split
+from model.weights import WeightFolder, write_weights
+from pipeline.hf_folder import compare_logits, read_model, same_bits
 from pipeline.manifest import StageContext, StageError
 from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config
 from pipeline.progress import track_tensors
@@ -42,10 +38,9 @@ def run(context: StageContext) -> dict[str, Any]:
         MappingError, WeightsError: on a model or a file that cannot be converted.
     """
     source = context.folder("fetch") / "model"
-    model = read_config(source)
-    check_shape(model, context.config.model, source, context.log)
-    weights = WeightFolder(source, context.config.model.allow_pickle)
-    ignored = check_tensors(weights, model)
+    check_shape(read_config(source), context.config.model, source, context.log)
+    allow_pickle = context.config.model.allow_pickle
+    model, weights, ignored = read_model(source, allow_pickle)
     for name in ignored:
         context.log.info("convert: %s is not part of the mapping: ignored", name)
 
@@ -56,51 +51,15 @@ def run(context: StageContext) -> dict[str, Any]:
     tensors = track_tensors(tensors, "convert: written", len(names), size, context.log)
     counts = write_weights(context.out, tensors)
     counts["bit_exact"] = verify(context.out, weights, model, context.log)
+    written = WeightFolder(context.out)
+    compared = compare_logits(source, model, written, allow_pickle, context.log)
     context.log.info(
-        "convert: %d tensors, %.2f GB; Hugging Face -> Megatron -> Hugging Face is bit-exact",
+        "convert: %d tensors, %.2f GB; Hugging Face -> Megatron -> Hugging Face is bit-exact%s",
         counts["bit_exact"],
         counts["bytes"] / 1e9,
+        "; logits of the first layer are transformers'" if compared else "",
     )
-    return {**counts, "ignored": ignored}
-
-
-def check_tensors(weights: WeightFolder, model: ModelConfig) -> list[str]:
-    """Refuse missing, unexpected, misshapen or quantised tensors; returns the harmless extra ones.
-
-    Harmless are RoPE's inverse frequencies, which the configuration gives, and a stored copy of
-    tied embeddings.
-    """
-    shapes = hf_shapes(model)
-    missing = [name for name in shapes if name not in weights]
-    ignored = []
-    for name in sorted(set(weights) - set(shapes)):
-        copy = name == "lm_head.weight" and model.tie_embeddings and not missing
-        if name.endswith("rotary_emb.inv_freq") or (
-            copy and _same_bits(weights.read(name), weights.read("model.embed_tokens.weight"))
-        ):
-            ignored.append(name)
-    unexpected = sorted(set(weights) - set(shapes) - set(ignored))
-    if missing or unexpected:
-        raise StageError(
-            f"{weights.folder}: {_few('missing', missing)}{_few('unexpected', unexpected)}"
-            f"expected {len(shapes)} tensors of a Llama of {model.num_layers} layers with "
-            f"tie_word_embeddings={str(model.tie_embeddings).lower()}; fetch the model again or "
-            "mend its config.json"
-        )
-    for name in weights:
-        if name in shapes and weights.shape(name) != shapes[name]:
-            raise StageError(
-                f"{weights.file_of(name)}: a checkpoint of another shape: {name}: found "
-                f"{weights.shape(name)}, expected {shapes[name]}; config.json and weights "
-                "disagree: fetch the model again"
-            )
-    for name in weights:
-        if name in shapes and weights.dtype(name) not in DTYPES.values():
-            raise StageError(
-                f"{weights.file_of(name)}: {name} is stored as {weights.dtype(name)}; must be one "
-                f"of {', '.join(DTYPES.values())}; fetch the model's weights without quantisation"
-            )
-    return ignored
+    return {**counts, "compared_logits": compared, "ignored": ignored}
 
 
 def converted(weights: WeightFolder, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -121,24 +80,12 @@ def verify(folder: Path, weights: WeightFolder, model: ModelConfig, log: logging
         del tensor
         while parts:
             source, part = parts.popitem()
-            if not _same_bits(part, weights.read(source)):
+            expected = weights.read(source)
+            # Parts of several dtypes are kept in one that holds them all.
+            if not same_bits(part.to(expected.dtype), expected):
                 raise StageError(
                     f"{written.file_of(name)}: {name} read back differs from {source} in "
                     f"{weights.file_of(source)}; check the disk, then run stage=convert again"
                 )
             count += 1
     return count
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal in dtype, shape and bits: NaN equals itself, and 0 differs from -0."""
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
-
-
-def _few(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} {what} ({shown}); "

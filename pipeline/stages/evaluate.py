@@ -31,6 +31,7 @@ from pipeline import packages
 from pipeline.evaluated_model import FINAL, OWN, Evaluated, needs_export, open_model
 from pipeline.manifest import StageContext, StageError, read_manifest
 from pipeline.progress import track_work
+from pipeline.prompts import encode_prompt
 from pipeline.records import Journal, Record, read_records
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection, task_packages
@@ -39,7 +40,7 @@ from pipeline.serving import join_ranks
 from pipeline.shared_model import open_shared
 from pipeline.tasks import babilong, kv_bytes, niah, perplexity, ruler, short
 from pipeline.tasks.material import Material
-from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
+from pipeline.tasks.sample import Prompt, Sample
 
 RESUMABLE = True
 DISTRIBUTED = True
@@ -101,7 +102,7 @@ class Retokenized(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:
         if index not in self._made:
             text = self.old.decode(self.documents[index][1:])
-            self._made[index] = with_bos(self.new, encode(self.new, text))
+            self._made[index] = encode_prompt(self.new, text)
         return self._made[index]
 
 

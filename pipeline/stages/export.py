@@ -8,7 +8,6 @@ tensor by tensor: in memory are what is not yet written of one shard, one tensor
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,16 +22,17 @@ import model
 from data_prep.tokenizer_folder import check_saved, save_tokenizer
 from kernels.pattern import Pattern
 from model.config import ModelConfig, resolve_schedule
-from model.mapping import config_from_hf, hf_shapes, split
-from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from model.mapping import hf_shapes, split
+from model.modeling_longgen import LongGenForCausalLM
 from model.weights import HF_INDEX, iterate_weights, write_weights
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageContext, StageError
 from pipeline.progress import track_tensors
 from pipeline.schema import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO_MAP = {
-    "AutoConfig": "modeling_longgen.LongGenConfig",
+    "AutoConfig": "configuration_longgen.LongGenConfig",
     "AutoModelForCausalLM": "modeling_longgen.LongGenForCausalLM",
 }
 COPIED = (
@@ -97,54 +97,6 @@ def python_files() -> list[Path]:
             kernel = Path(kernels.__file__).parent / beside.name
             waiting.append(beside if beside.exists() else kernel)
     return found
-
-
-def longgen_config(model_config: ModelConfig, hf_folder: Path | None = None) -> LongGenConfig:
-    """The exported class's configuration; token ids and the like from the source's config.json."""
-    kept = {}
-    if hf_folder is not None:
-        source = json.loads((hf_folder / "config.json").read_text())
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
-        kept = {name: source[name] for name in names if name in source}
-    return LongGenConfig(
-        vocab_size=model_config.vocab_size,
-        hidden_size=model_config.hidden_size,
-        intermediate_size=model_config.ffn_hidden_size,
-        num_hidden_layers=model_config.num_layers,
-        num_attention_heads=model_config.num_heads,
-        num_key_value_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        max_position_embeddings=model_config.max_positions,
-        rms_norm_eps=model_config.norm_eps,
-        tie_word_embeddings=model_config.tie_embeddings,
-        pattern=asdict(model_config.pattern),
-        is_full=list(model_config.is_full),
-        rope=dict(model_config.rope),
-        sparse_rope=dict(model_config.sparse_rope),
-        **kept,
-    )
-
-
-def load_source(
-    hf_folder: Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    allow_pickle: bool = False,
-) -> LongGenForCausalLM:
-    """A stock Llama folder in our class with every layer full: the base that runs are held against.
-
-    `allow_pickle`: where there are no safetensors files, read pickled ones with weights_only.
-
-    Raises:
-        OSError: where the folder holds no weights that may be read.
-        MappingError: where config.json is not that of a Llama as model.mapping knows it.
-    """
-    values = json.loads((hf_folder / "config.json").read_text())
-    config = longgen_config(config_from_hf(values), hf_folder)
-    loaded = LongGenForCausalLM.from_pretrained(
-        hf_folder, config=config, dtype=dtype, use_safetensors=None if allow_pickle else True
-    )
-    return loaded.to(device).eval()
 
 
 def _source(context: StageContext) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]]]:

@@ -21,12 +21,12 @@ from rich.progress import Progress
 from transformers import TextStreamer
 
 from data_prep.tokenizer_folder import open_tokenizer
-from model.engine import check_prompts
+from model.engine import Engine, check_prompts
 from model.engine_weights import ServingError
-from model.modeling_longgen import LongGenConfig
 from pipeline.command_line import discard_stdout
 from pipeline.evaluated_model import model_config, model_folder
 from pipeline.manifest import StageContext, StageError
+from pipeline.prompts import encode_prompt, end_tokens
 from pipeline.schema import Config, GenerateSection
 from pipeline.serving import join_ranks, load_engine
 
@@ -129,10 +129,7 @@ def run(context: StageContext) -> dict[str, Any]:
     # A rank that finds nothing ends the others.
     text = _shared(read_prompt(wanted) if shard.rank == 0 else None)
     tokenizer = open_tokenizer(context.folder("fetch") / "model")
-    ids = tokenizer(text)["input_ids"]
-    # Training starts every document with <bos>; not every tokenizer adds it by itself.
-    if ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
+    ids = encode_prompt(tokenizer, text).tolist()
     folder, config = model_folder(wanted.model, context), model_config(wanted.model, context)
     # On a CPU float32 is faster.
     narrow = device.type == "cuda" and context.config.export.dtype != "fp32"
@@ -141,7 +138,8 @@ def run(context: StageContext) -> dict[str, Any]:
     try:
         check_prompts(config, [ids], wanted.max_new_tokens, wanted.strict, "generate.strict")
         engine = load_engine(folder, config, dtype, device, shard, group, context.log, **options)
-        record = _answer(engine, tokenizer, text, ids, wanted, speaks=shard.rank == 0)
+        ends = end_tokens(tokenizer, config, folder)
+        record = _answer(engine, tokenizer, text, ids, ends, wanted, speaks=shard.rank == 0)
     except ServingError as error:
         raise StageError(str(error)) from error
     except BrokenPipeError as error:
@@ -161,12 +159,15 @@ def run(context: StageContext) -> dict[str, Any]:
     return {key: record[key] for key in ("prompt_tokens", "new_tokens", "tokens_per_second")}
 
 
-def _stop_ids(config: LongGenConfig, tokenizer: Any) -> list[int]:
-    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
-
-
-def _answer(engine, tokenizer, text: str, ids: list[int], wanted: GenerateSection, speaks: bool):
+def _answer(
+    engine: Engine,
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    ends: frozenset[int],
+    wanted: GenerateSection,
+    speaks: bool,
+) -> dict[str, Any]:
     """Stream the continuation; the record of it."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     tokens, times = [], []
@@ -180,7 +181,7 @@ def _answer(engine, tokenizer, text: str, ids: list[int], wanted: GenerateSectio
             wanted.max_new_tokens,
             temperature=wanted.temperature,
             seed=wanted.seed,
-            stop_ids=_stop_ids(engine.config, tokenizer),
+            stop_ids=sorted(ends),
             checked=True,
             told=lambda count: bar.advance(task, count),
         )

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.manifest import StageError
+from pipeline.prompts import encode_prompt
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.babi_worlds import OBJECTS, PLACES, TRADERS, WORLDS, Story
 from pipeline.tasks.material import Material
-from pipeline.tasks.sample import Prompt, Sample, Text, encode, fit, with_bos
+from pipeline.tasks.sample import Prompt, Sample, Text, fit
 
 TASKS = tuple(WORLDS)
 ANSWER_TOKENS = 20
@@ -214,7 +215,7 @@ def _make(
     name = f"babilong {task} at {length} tokens, sample {number}, seed {seed}"
     if row is not None:
         text = Text(prompt_text(task, row["input"], row["question"]), [row["target"]])
-        ids = with_bos(material.tokenizer, encode(material.tokenizer, text.prompt))
+        ids = encode_prompt(material.tokenizer, text.prompt)
         fields = {"question": row["question"], "published": True}
     else:
         story = WORLDS[task](random.Random(name))

@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pipeline.evaluated_model import Evaluated
+from pipeline.prompts import encode, encode_prompt
 
 # Where a model's configuration names no context.
 CONTEXT = 2048
@@ -29,6 +30,8 @@ class EvaluatedLM(TemplateLM):
         super().__init__()
         self.evaluated, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.max_length = model.context or CONTEXT
+        bos = tokenizer.bos_token_id
+        self.adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
     @property
     def eot_token_id(self) -> int:
@@ -44,13 +47,9 @@ class EvaluatedLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids as the tokenizer gives them; no second <bos> before one in the text."""
-        if add_special_tokens is None and string.startswith(
-            self.tokenizer.decode([self.prefix_token_id])
-        ):
-            add_special_tokens = False
-        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **given)
+        """Ids after <bos> where the tokenizer adds one, without what it adds behind the text."""
+        starts = self.adds_bos and add_special_tokens is not False
+        return (encode_prompt if starts else encode)(self.tokenizer, string).tolist()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any

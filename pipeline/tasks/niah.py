@@ -12,9 +12,10 @@ import numpy as np
 from data_prep.needles import DIGITS, NEEDLE, QUESTION
 from data_prep.needles import TASK_WORDS as WORDS
 from pipeline.manifest import StageError
+from pipeline.prompts import encode, with_bos
 from pipeline.schema_of_eval import EvalSection
 from pipeline.tasks.material import Material
-from pipeline.tasks.sample import Prompt, Sample, encode, with_bos
+from pipeline.tasks.sample import Prompt, Sample
 
 QUESTION_OF_SEVERAL = (
     "\nQuestion: What are the secret numbers of the {words}?"

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.manifest import StageError
+from pipeline.prompts import encode, encode_prompt
 from pipeline.tasks.material import Material
-from pipeline.tasks.sample import NEAR, Text, encode, with_bos
+from pipeline.tasks.sample import NEAR, Text
 
 PROMPT = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
@@ -137,7 +138,7 @@ class Questions:
         ]
         prompt = PROMPT.format(context="\n\n".join(documents), query=question.query)
         fields = {"documents": len(chosen)}
-        ids = with_bos(self.tokenizer, encode(self.tokenizer, prompt))
+        ids = encode_prompt(self.tokenizer, prompt)
         return Text(prompt, question.answers, fields=fields), ids
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.manifest import StageError
+from pipeline.prompts import encode_prompt
 
 # A prompt is drawn anew as often as this while it stays further than SHORTFALL below its length.
 ATTEMPTS = 24
@@ -61,23 +62,6 @@ class Text:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """Ids of a text without special tokens, int64."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        # The same ids in half the time: without offsets, and without the lists around them.
-        ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return np.array(ids, np.int64)
-
-
-def with_bos(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
-    """The ids after <bos>, where the tokenizer has one: training starts every document with it."""
-    bos = tokenizer.bos_token_id
-    return ids if bos is None else np.concatenate([[bos], ids])
-
-
 def fit(
     write: Callable[[random.Random, int], Text],
     tokenizer: Any,
@@ -102,7 +86,7 @@ def fit(
 
         def measure(units: int, seed: str = seed) -> tuple[Text, np.ndarray]:
             text = write(random.Random(seed), units)
-            return text, with_bos(tokenizer, encode(tokenizer, text.prompt))
+            return text, encode_prompt(tokenizer, text.prompt)
 
         found = _fit_once(measure, room, least, greatest)
         if found is None:

@@ -12,7 +12,7 @@ patterns = st.builds(
     Pattern,
     sink_tokens=st.integers(0, 20),
     window=st.one_of(st.none(), st.integers(1, 24)),
-    block=st.integers(1, 8),
+    block=st.one_of(st.integers(1, 8), st.just(2**40)),
     stride=st.one_of(st.none(), st.integers(1, 6)),
     phase=st.sampled_from(["shared", "per_head"]),
 )

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -212,8 +213,18 @@ def test_refusals_name_value_and_remedy(case):
         split(QKV, tensor[:, 1:], config)
     with pytest.raises(MappingError, match=r"parts of shapes .*; must be"):
         merge(QKV, [parts[0][1:], *parts[1:]], config)
-    with pytest.raises(MappingError, match="must be one dtype"):
-        merge(QKV, [parts[0].half(), *parts[1:]], config)
+
+
+def test_parts_of_several_dtypes_keep_every_bit(case):
+    """Merged models may have them: q in float16, k and v in bfloat16, say."""
+    model, config = case
+    state, sources = model.state_dict(), megatron_to_hf_names(config)[QKV]
+    dtypes = (torch.float16, torch.bfloat16, torch.bfloat16)
+    parts = [state[source].to(dtype) for source, dtype in zip(sources, dtypes, strict=True)]
+    found = split(QKV, merge(QKV, parts, config), config)
+    for source, part in zip(sources, parts, strict=True):
+        assert torch.equal(found[source].to(part.dtype), part)
+    assert merge(QKV, [part.bfloat16() for part in parts], config).dtype == torch.bfloat16
 
 
 HF = {
@@ -224,12 +235,8 @@ HF = {
     "num_attention_heads": 4,
     "vocab_size": 100,
 }
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+FREQ = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"factor": 8.0, **FREQ, "original_max_position_embeddings": 8192}
 
 
 @pytest.mark.parametrize(
@@ -249,6 +256,24 @@ LLAMA3 = {
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
             {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3},
         ),
+        # Added by hand to what transformers 5 has written: the older key goes first, whole.
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", "factor": 8.0, **FREQ}},
+            {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                **FREQ,
+                "original_max_position_embeddings": 2048,
+            },
+        ),
     ],
 )
 def test_rope_of_new_and_older_keys(keys, rope):
@@ -256,7 +281,7 @@ def test_rope_of_new_and_older_keys(keys, rope):
     assert config.rope == config.sparse_rope == rope
     assert config.rope is not config.sparse_rope
     # What transformers itself makes of the same keys.
-    theirs = LlamaConfig(**HF | keys).rope_parameters
+    theirs = LlamaConfig(**copy.deepcopy(HF | keys)).rope_parameters
     assert {key: theirs[key] for key in rope} == rope
 
 
@@ -281,7 +306,9 @@ def test_defaults_are_those_of_transformers():
         {"quantization_config": {"bits": 4}},
         {"vocab_size": None},
         {"hidden_size": "64"},
+        {"transformers_weights": "other.safetensors"},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 1e4}},
         {"rope_scaling": {"rope_type": "linear"}},
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     ],

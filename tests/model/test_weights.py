@@ -225,6 +225,55 @@ def test_safetensors_are_preferred_to_pickles(tmp_path):
     assert list(WeightFolder(tmp_path, allow_pickle=True)) == ["layer.0"]
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_of_several_sets_of_weights_the_one_is_read_that_transformers_reads(tmp_path, gone):
+    """Left-over shards, their index, pickles and files of other names are not looked at."""
+    config = LlamaConfig(
+        num_hidden_layers=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        vocab_size=32,
+        tie_word_embeddings=True,
+    )
+    name = "model.norm.weight"
+    weights = LlamaForCausalLM(config).state_dict()
+    del weights["lm_head.weight"]
+
+    def set_to(value):
+        return {**weights, name: torch.full_like(weights[name], value)}
+
+    def read_by_both():
+        theirs = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()[name][0].item()
+        return theirs, WeightFolder(tmp_path, allow_pickle=True).read(name)[0].item()
+
+    config.save_pretrained(tmp_path)
+    torch.save(set_to(4.0), tmp_path / "pytorch_model-1.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "pytorch_model-1.bin")}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    save_file(set_to(5.0), tmp_path / "consolidated.safetensors", metadata={"format": "pt"})
+    assert read_by_both() == (4.0, 4.0)
+    torch.save(set_to(3.0), tmp_path / "pytorch_model.bin")
+    assert read_by_both() == (3.0, 3.0)
+    write_weights(tmp_path, set_to(2.0).items(), index=HF_INDEX)
+    assert read_by_both() == (2.0, 2.0)
+    if gone:
+        (tmp_path / "model-00001.safetensors").unlink()
+    save_file(set_to(1.0), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert read_by_both() == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["../a.safetensors", "sub/a.safetensors", "..", "", 3])
+def test_an_index_names_files_of_its_own_folder(tmp_path, name):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path, folder / "sub"):
+        save_file(tensors(1), place / "a.safetensors")
+    (folder / HF_INDEX).write_text(json.dumps({"weight_map": {"layer.0": name}}))
+    with pytest.raises(WeightsError, match="must be names of files in that folder; move"):
+        WeightFolder(folder)
+
+
 def test_failed_writing_names_file_and_remedy(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

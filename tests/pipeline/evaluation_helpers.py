@@ -7,10 +7,11 @@ from dataclasses import asdict
 import numpy as np
 
 from data_prep.shards import IndexedWriter
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageContext
 from pipeline.schema import Config
 from pipeline.schema_of_eval import EvalSection, NiahSection, PerplexitySection
-from pipeline.stages.export import AUTO_MAP, longgen_config, python_files
+from pipeline.stages.export import AUTO_MAP, python_files
 from tests.data_prep.helpers import save_model_folder
 from tests.tiny import tiny_config, tiny_llama
 

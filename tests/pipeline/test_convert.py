@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.config import ModelConfig
 from model.mapping import MappingError, megatron_to_hf_names, split
 from model.weights import WeightFolder, WeightsError, iterate_weights, read_weight
+from pipeline import hf_folder
+from pipeline.hf_folder import load_source
 from pipeline.manifest import StageContext, StageError
+from pipeline.model_source import read_config
 from pipeline.schema import Config, ModelSection
 from pipeline.stages import convert
 
@@ -247,3 +251,39 @@ def test_order_is_that_of_the_forward_pass(context, source):
     config = ModelConfig.load(context.out / "model.json")
     index = json.loads((context.out / "weights.index.json").read_text())["weight_map"]
     assert list(index) == list(megatron_to_hf_names(config))
+
+
+def test_weights_of_several_dtypes_keep_every_bit(context, source):
+    model = save_llama(source)
+    dtypes = {"q_proj": torch.float16, "k_proj": torch.bfloat16, "up_proj": torch.bfloat16}
+    stored = load_file(source / "model.safetensors")
+    for name in stored:
+        stored[name] = stored[name].to(dtypes.get(name.split(".")[-2], torch.float32))
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    counts = convert.run(context)
+    assert counts["bit_exact"] == len(stored) and counts["compared_logits"]
+    exact = {name: tensor.float() for name, tensor in stored.items()}
+    model.load_state_dict(exact)
+    assert_converted(context, model)
+    base = load_source(source)
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in exact.items())
+
+
+def test_settings_read_otherwise_than_transformers_reads_them_are_found(
+    context, source, monkeypatch
+):
+    save_llama(source)
+    wrong = replace(read_config(source), rope={"rope_type": "default", "rope_theta": 1e5})
+    monkeypatch.setattr(hf_folder, "read_config", lambda folder: wrong)
+    with pytest.raises(StageError, match="differ from transformers' by .*read otherwise"):
+        convert.run(context)
+
+
+def test_when_logits_are_not_compared(context, source, monkeypatch, caplog):
+    save_llama(source)
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    assert convert.run(context)["compared_logits"] is False
+    assert "not compared with transformers'" in caplog.text
+    (source / "other.safetensors").rename(source / "model.safetensors")
+    monkeypatch.setattr(hf_folder, "MAX_COMPARED_BYTES", 1000)
+    assert convert.run(context)["compared_logits"] is False

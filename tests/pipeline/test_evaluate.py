@@ -9,13 +9,13 @@ import torch
 from data_prep.tokenizer_folder import open_tokenizer
 from model.weights import WeightsError
 from pipeline.evaluated_model import EvaluatedModel, load_model, reduced
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageError
 from pipeline.records import Journal, of_task, read_records
 from pipeline.runner import Team, refuse_processes
 from pipeline.schema import PatternSection
 from pipeline.schema_of_eval import RulerSection
 from pipeline.stages import evaluate, generate
-from pipeline.stages.export import longgen_config
 from pipeline.tasks.perplexity import DocumentSample
 from pipeline.tasks.sample import Sample
 from tests.closeness import assert_close_by_norm

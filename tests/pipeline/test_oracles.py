@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pipeline.evaluated_model import EvaluatedModel
+from pipeline.prompts import encode
 from pipeline.schema_of_eval import BabilongSection, EvalSection, NiahSection, RulerSection
 from pipeline.stages.evaluate import ASKED, record_of
 from pipeline.tasks import babilong, ruler
-from pipeline.tasks.sample import encode
 from tests.pipeline.task_material import material
 
 MODEL = EvaluatedModel(None, frozenset(), True, 1, {"context": 5000})

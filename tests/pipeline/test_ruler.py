@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import StageError
+from pipeline.prompts import encode
 from pipeline.schema_of_eval import EvalSection, RulerSection
 from pipeline.tasks import ruler
 from pipeline.tasks.material import Material, generated_words
-from pipeline.tasks.sample import Prompt, Text, encode, fit
+from pipeline.tasks.sample import Prompt, Text, fit
 from tests.pipeline.task_material import PROSE, material
 
 LENGTH = 6000

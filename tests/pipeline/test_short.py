@@ -7,10 +7,10 @@ import torch
 from model.engine_weights import Shard
 from model.modeling_longgen import LongGenForCausalLM
 from pipeline.evaluated_model import EvaluatedModel
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection, ShortSection
 from pipeline.stages import evaluate
-from pipeline.stages.export import longgen_config
 from pipeline.tasks import short
 from pipeline.tasks.material import Material
 from tests.closeness import assert_close_by_norm

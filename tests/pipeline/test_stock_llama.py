@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model.mapping import config_from_hf
+from pipeline.hf_folder import longgen_config
 from pipeline.schema import ModelSection, section_shape
-from pipeline.stages.export import longgen_config
 from pipeline.stages.fetch import local_path
 from pipeline.stock_llama import save_stock_llama
 from tests.closeness import assert_close_by_norm

@@ -7,9 +7,9 @@ from kernels.pattern import Pattern
 from kernels.slots import Slots
 from model.modeling_longgen import LongGenForCausalLM
 from pipeline.evaluated_model import EvaluatedModel
+from pipeline.hf_folder import longgen_config
 from pipeline.manifest import StageError
 from pipeline.schema_of_eval import EvalSection, NiahSection, PerplexitySection
-from pipeline.stages.export import longgen_config
 from pipeline.tasks import kv_bytes, niah, perplexity
 from pipeline.tasks.material import Material
 from tests.closeness import assert_close_by_norm
