@@ -200,7 +200,10 @@ class ExportSection:
 
 @dataclass
 class WandbSection:
-    """mode: auto (online where a key is present, else offline), online, offline, disabled."""
+    """mode: auto (WANDB_MODE; unset: online where there is a key), online, offline, disabled.
+
+    Where W&B's server does not answer, online becomes offline.
+    """
 
     mode: str = "auto"
     project: str = "longgen"
