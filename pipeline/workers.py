@@ -53,7 +53,10 @@ class WorkersEnded(Exception):
 
 
 class _Asked:
-    """The first of SIGTERM and SIGINT (Ctrl-C) that came, and whether another one followed."""
+    """The first of SIGTERM and SIGINT (Ctrl-C) that came, and whether Ctrl-C followed.
+
+    A second SIGTERM is the same request: Slurm sends several.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -61,7 +64,7 @@ class _Asked:
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.again = self.number is not None
+        self.again = self.again or (self.number is not None and number == signal.SIGINT)
         self.number = self.number or number
 
     def take(self) -> None:
@@ -162,7 +165,7 @@ def run_once(arguments: Sequence[str], size: int, attempt: int = 0) -> str | Non
     """Start `size` workers, `python *arguments`, and wait for them.
 
     SIGTERM and Ctrl-C are passed on as SIGTERM, and the workers have all the time they need to
-    save; a second one ends them at once. When this returns or raises, none is left.
+    save; Ctrl-C after it ends them at once. When this returns or raises, none is left.
 
     Returns:
         None where all ended with 0; else which rank failed, and how, in words.

@@ -1,16 +1,17 @@
 """Before hours are spent: does every rank have its GPU, do all talk, and is there room to save?
 
-`torchrun ... slurm/preflight.py RUN DEVICE ROOM SCRIPT [ARGUMENT ...]`: RUN is the run's folder,
-ROOM the bytes that its checkpoints take. Every rank looks at what it was given, all add up numbers
-within each node and then together, and each becomes `python SCRIPT ARGUMENT ...`. A rank that lacks
-something, or waits in vain, names its node and ends with 1; rank 0 prints a line a node. The sums
-are sanity checks, not benchmarks.
+`slurm/launch.py ... slurm/preflight.py RUN DEVICE ROOM SCRIPT [ARGUMENT ...]`: RUN is the run's
+folder, ROOM the bytes that its checkpoints take. Every rank looks at what it was given, all add up
+numbers within each node and then together, and each becomes `python SCRIPT ARGUMENT ...`. A rank
+that lacks something, or waits in vain, names its node and ends with 1; rank 0 prints a line a node.
+The sums are sanity checks, not benchmarks.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,9 +24,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+# slurm/launch.py, whose child this is, ignores it. A rank that does not train yet saves nothing.
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 
 # Bytes that are summed, and the least that a node's links and the whole world must carry. Far
 # below any healthy NVLink or InfiniBand: what is slower runs over the wrong network.
