@@ -367,7 +367,8 @@ class ClusterSection:
     """conf/cluster: what slurm/chain.sh asks a Slurm cluster for; null leaves it to SBATCH_*.
 
     account, partition, qos: as sbatch knows them. train_time, stage_time: time limits. memory: of
-    a stage on one node, as --mem takes it. data_shards, evaluate_shards: how many jobs of an array
+    a stage on one node, as --mem takes it; stage_cpus: its cores, at most what a node has, where
+    data.workers does not say. data_shards, evaluate_shards: how many jobs of an array
     share data_prep, evaluate; at_once: how many of an array run at a time, null: all.
     evaluate_gpus: of one job of the stage evaluate. container_image, container_mounts: pyxis'
     flags, in whose container the jobs run.
@@ -380,6 +381,7 @@ class ClusterSection:
     train_time: str | None = None
     stage_time: str | None = None
     memory: str | None = None
+    stage_cpus: int = 16
     data_shards: int = 1
     evaluate_shards: int = 1
     at_once: int | None = None

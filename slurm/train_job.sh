@@ -53,14 +53,14 @@ train_job() {
   done
   [[ -n ${SLURM_JOB_ID:-} ]] ||
     refuse "this is no Slurm job; submit it by slurm/chain.sh $experiment, or run on this" \
-      "machine: $python pipeline/run.py experiment=$experiment ${rest[*]}"
+      "machine: $(quoted "$python" pipeline/run.py "experiment=$experiment" "${rest[@]}")"
   cd "$root"
   # shellcheck source=slurm/env.sh
   source slurm/env.sh
   read_recipe "experiment=$experiment" "${rest[@]}" || {
     [[ -z $asked || $(job_state) = RUNNING ]] || exit 75
-    refuse "the recipe cannot be trained as above; once that is mended: slurm/chain.sh" \
-      "$experiment ${rest[*]}"
+    refuse "the recipe cannot be trained as above; once that is mended:" \
+      "$(quoted slurm/chain.sh "$experiment" "${rest[@]}")"
   }
   run=${recipe[run]}
   partial=$run/finetune.partial
@@ -119,12 +119,14 @@ launch() {
   port=$((20000 + (SLURM_JOB_ID * 10 + launches) % 10000))
   # A task sees all of its node's cores, which srun would else cut to one, and this shell's
   # environment, which SBATCH_EXPORT=NONE would else keep from it.
+  # torchrun's id of this start, under which ranks talk in its store: random and in no process list.
+  PET_RDZV_ID=$(</proc/sys/kernel/random/uuid)
+  export PET_RDZV_ID
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --export=ALL \
     --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none "${container[@]}" \
     "$python" slurm/launch.py --nnodes="$nodes" --nproc-per-node="${recipe[gpus_per_node]}" \
     --max-restarts=0 --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
     --rdzv-conf="join_timeout=$MEET_SECONDS" \
-    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$launches" \
     slurm/preflight.py "$run" "${recipe[device]}" "${recipe[checkpoint_room]}" \
     pipeline/run.py stage=finetune "experiment=$experiment" "${rest[@]}" &
   step=$!
@@ -151,7 +153,8 @@ job_state() {
   echo "$state"
 }
 
-# Puts the job back into the queue, unless Slurm does that, or has cancelled it; never returns.
+# Puts the job back into the queue, unless Slurm does that, or has cancelled it; never returns. The
+# exit code is that of a stopped run, and nobody's: the job is no longer this shell's.
 requeue() {
   if [[ $(job_state) != RUNNING ]]; then
     say "Slurm ends this job: saved is $(latest)"
@@ -159,8 +162,7 @@ requeue() {
   fi
   [[ $(latest) != "$begun" ]] || being_preempted || check_progress
   say "back into the queue, to go on from $(latest)"
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
-  # Only where the site forbids it: had it worked, this shell would be gone.
+  scontrol requeue "$SLURM_JOB_ID" && exit 75
   refuse "job $SLURM_JOB_ID: cannot go back into the queue (JobRequeue of this Slurm, or" \
     "--no-requeue); the same sbatch line goes on from $(latest)"
 }
@@ -211,6 +213,6 @@ check_inputs() {
   for stage in ${recipe[finetune.inputs]}; do
     [[ ${recipe[$stage.state]} = "done" ]] ||
       refuse "${recipe[$stage.folder]}: stage $stage is ${recipe[$stage.state]}; it must be done" \
-        "before training; run slurm/chain.sh $experiment ${rest[*]}"
+        "before training; run $(quoted slurm/chain.sh "$experiment" "${rest[@]}")"
   done
 }

@@ -2,8 +2,8 @@
 
 What bash and Slurm do is then tested by the second; that the true programs do the same is tested
 by test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT;
-`fails`, `holds`, names of stages, or STAGE/PART, that fail, or wait, as `recipe` does, which leaves
-`reads`; `steps`, how many a training takes; `save_every`, of how many.
+`fails`, `holds`, names of stages, or STAGE/PART, or `recipe`, that fail, or wait; `reads`,
+which reading the recipe leaves; `steps`, how many a training takes; `save_every`, of how many.
 """
 
 import json
@@ -53,7 +53,7 @@ def finish(folder):
 
 def other_name():
     """Of the file in which the other node of this start leaves its process's id."""
-    return next(word[2:] for word in sys.argv if word.startswith("--rdzv-id="))
+    return os.environ["PET_RDZV_ID"]
 
 
 def train(folder):
@@ -103,6 +103,9 @@ def main():
         while "recipe" in setting("holds"):
             time.sleep(STEP_SECONDS)
         print("\n".join(f"{key}\t{value}" for key, value in found.items()))
+        if "recipe" in setting("fails"):
+            print("error: recipe fails, as told", file=sys.stderr)
+            sys.exit(2)
         return
     stage = next(word[6:] for word in words if word.startswith("stage="))
     shard = next((word.split("=")[1] for word in words if ".shard=" in word), None)
@@ -122,6 +125,8 @@ def main():
         train(folder)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if (folder / "manifest.json").exists():
+            return
         saves = folder.with_name("finetune.partial") / "checkpoints"
         over = (saves / other_name()).with_suffix(".over")
         saves.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,8 @@ def requeued_again_and_again(train):
 
 def told_before_it_trains(train):
     """While the recipe is read, which takes seconds."""
-    job = train(holds="recipe", flags=("--nodes=2", "--time=14"))
+    # As SBATCH_EXPORT, which holds for srun in the job as well.
+    job = train(holds="recipe", flags=("--nodes=2", "--time=14", "--export=VENV"))
     wait_until(lambda: (job.venv / "reads").exists(), SOON, "the recipe is read")
     job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     (job.venv / "holds").write_text("")
