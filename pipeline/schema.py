@@ -370,8 +370,9 @@ class ClusterSection:
     a stage on one node, as --mem takes it; stage_cpus: its cores, at most what a node has, where
     data.workers does not say. data_shards, evaluate_shards: how many jobs of an array
     share data_prep, evaluate; at_once: how many of an array run at a time, null: all.
-    evaluate_gpus: of one job of the stage evaluate. container_image, container_mounts: pyxis'
-    flags, in whose container the jobs run.
+    evaluate_gpus: of one job of the stage evaluate. min_node_gbps, min_gbps: the least GB/s that a
+    sum over NCCL must reach within a node and between all, before training. container_image,
+    container_mounts: pyxis' flags, in whose container the jobs run.
     """
 
     name: str = "default"
@@ -386,6 +387,8 @@ class ClusterSection:
     evaluate_shards: int = 1
     at_once: int | None = None
     evaluate_gpus: int = 1
+    min_node_gbps: float = 20.0
+    min_gbps: float = 1.0
     container_image: str | None = None
     container_mounts: str | None = None
 

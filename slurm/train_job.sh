@@ -128,6 +128,7 @@ launch() {
     --max-restarts=0 --rdzv-backend=c10d --rdzv-endpoint="$head:$port" \
     --rdzv-conf="join_timeout=$MEET_SECONDS" \
     slurm/preflight.py "$run" "${recipe[device]}" "${recipe[checkpoint_room]}" \
+    "${recipe[cluster.min_node_gbps]}" "${recipe[cluster.min_gbps]}" \
     pipeline/run.py stage=finetune "experiment=$experiment" "${rest[@]}" &
   step=$!
   # Asked before there was a step to end.
