@@ -200,7 +200,10 @@ class ExportSection:
 
 @dataclass
 class WandbSection:
-    """mode: auto (online where a key is present, else offline), online, offline, disabled."""
+    """mode: auto (WANDB_MODE; unset: online where there is a key), online, offline, disabled.
+
+    Where W&B's server does not answer, online becomes offline.
+    """
 
     mode: str = "auto"
     project: str = "longgen"
@@ -364,10 +367,12 @@ class ClusterSection:
     """conf/cluster: what slurm/chain.sh asks a Slurm cluster for; null leaves it to SBATCH_*.
 
     account, partition, qos: as sbatch knows them. train_time, stage_time: time limits. memory: of
-    a stage on one node, as --mem takes it. data_shards, evaluate_shards: how many jobs of an array
+    a stage on one node, as --mem takes it; stage_cpus: its cores, at most what a node has, where
+    data.workers does not say. data_shards, evaluate_shards: how many jobs of an array
     share data_prep, evaluate; at_once: how many of an array run at a time, null: all.
-    evaluate_gpus: of one job of the stage evaluate. container_image, container_mounts: pyxis'
-    flags, in whose container the jobs run.
+    evaluate_gpus: of one job of the stage evaluate. min_node_gbps, min_gbps: the least GB/s that a
+    sum over NCCL must reach within a node and between all, before training. container_image,
+    container_mounts: pyxis' flags, in whose container the jobs run.
     """
 
     name: str = "default"
@@ -377,10 +382,13 @@ class ClusterSection:
     train_time: str | None = None
     stage_time: str | None = None
     memory: str | None = None
+    stage_cpus: int = 16
     data_shards: int = 1
     evaluate_shards: int = 1
     at_once: int | None = None
     evaluate_gpus: int = 1
+    min_node_gbps: float = 20.0
+    min_gbps: float = 1.0
     container_image: str | None = None
     container_mounts: str | None = None
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.manifest import StageError, digest
@@ -31,6 +32,7 @@ NOTICE = 0.5
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1
 FAILED = "failed"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,27 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def own_keys(store: Store, attempt: str) -> Store:
-    """The part of a launcher's store in which a team talks; `attempt` counts the restarts."""
-    return PrefixStore(f"longgen_team/{attempt}", store)
+def loopback_store() -> TCPStore:
+    """A store on a free port of the loopback interface; by itself TCPStore listens on all of them.
+
+    What connects to it must be of this machine, by the address LOOPBACK.
+    """
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    # The store closes it.
+    descriptor = listener.detach()
+    return TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def own_keys(store: Store, run_id: str, attempt: str) -> Store:
+    """The part of a launcher's store in which a team talks; `attempt` counts the restarts.
+
+    `run_id`: torchrun's, or a random one, so that whoever else reaches the store does not hit upon
+    the keys that end a run.
+    """
+    return PrefixStore(f"longgen_team/{run_id}/{attempt}", store)
 
 
 def note_failure(store: Store, own: Failure) -> Failure:
@@ -102,7 +122,9 @@ class Team:
                 "start every process by torchrun, or unset RANK to run one alone"
             ) from error
         store, rank, size = found
-        return cls(rank, size, own_keys(store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return cls(rank, size, own_keys(store, run_id, attempt))
 
     def tell(self, key: str, value: Any) -> None:
         """Give a JSON value to all ranks that hear `key`."""

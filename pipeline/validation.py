@@ -285,8 +285,9 @@ def _check_plan(config: Config) -> None:
 
 
 def _check_cluster(config: Config) -> None:
-    _at_least(config, "cluster.evaluate_gpus", 0)
-    for key in ("data_shards", "evaluate_shards", "at_once"):
+    for key in ("evaluate_gpus", "min_node_gbps", "min_gbps"):
+        _at_least(config, f"cluster.{key}", 0)
+    for key in ("stage_cpus", "data_shards", "evaluate_shards", "at_once"):
         if getattr(config.cluster, key) is not None:
             _at_least(config, f"cluster.{key}", 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from itertools import count
 from types import FrameType
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     SignalException,
@@ -23,12 +24,18 @@ from torch.distributed.elastic.multiprocessing import (
 
 from pipeline.manifest import STOPPED_BY_FILE
 from pipeline.refusals import USER_ERROR
-from pipeline.team import Failure, first_failure, note_failure, own_keys
+from pipeline.team import (
+    LOOPBACK,
+    Failure,
+    first_failure,
+    loopback_store,
+    note_failure,
+    own_keys,
+)
 from pipeline.training.watchdog import EXIT_CODE as HUNG
 
 log = logging.getLogger("longgen")
 
-ADDRESS = "127.0.0.1"
 # Seconds that the others have to end by themselves when one has failed, and then to be closed.
 GRACE = 5.0
 CLOSE = 10
@@ -53,7 +60,10 @@ class WorkersEnded(Exception):
 
 
 class _Asked:
-    """The first of SIGTERM and SIGINT (Ctrl-C) that came, and whether another one followed."""
+    """The first of SIGTERM and SIGINT (Ctrl-C) that came, and whether Ctrl-C followed.
+
+    A second SIGTERM is the same request: Slurm sends several.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -61,7 +71,7 @@ class _Asked:
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.again = self.number is not None
+        self.again = self.again or (self.number is not None and number == signal.SIGINT)
         self.number = self.number or number
 
     def take(self) -> None:
@@ -78,17 +88,22 @@ class _Asked:
             signal.signal(number, handler)
 
 
-def _start(arguments: Sequence[str], size: int, port: int, attempt: int) -> SubprocessContext:
+def _start(
+    arguments: Sequence[str], size: int, port: int, run_id: str, attempt: int
+) -> SubprocessContext:
     # What it says of closing processes, this module says in its own words.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     world = {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": ADDRESS,
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         # env:// then joins this process's store, instead of opening one in rank 0.
         "TORCHELASTIC_USE_AGENT_STORE": str(True),
+        "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        # All are on this machine: gloo need not listen on its network.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     return start_processes(
@@ -162,7 +177,7 @@ def run_once(arguments: Sequence[str], size: int, attempt: int = 0) -> str | Non
     """Start `size` workers, `python *arguments`, and wait for them.
 
     SIGTERM and Ctrl-C are passed on as SIGTERM, and the workers have all the time they need to
-    save; a second one ends them at once. When this returns or raises, none is left.
+    save; Ctrl-C after it ends them at once. When this returns or raises, none is left.
 
     Returns:
         None where all ended with 0; else which rank failed, and how, in words.
@@ -170,12 +185,12 @@ def run_once(arguments: Sequence[str], size: int, attempt: int = 0) -> str | Non
     Raises:
         WorkersEnded: where the workers met a user's error or were asked to stop.
     """
-    server = TCPStore(ADDRESS, 0, is_master=True, wait_for_workers=False)
-    store = own_keys(server, str(attempt))
+    server, run_id = loopback_store(), secrets.token_hex(16)
+    store = own_keys(server, run_id, str(attempt))
     workers, whole = None, False
     with _Asked() as asked:
         try:
-            workers = _start(arguments, size, server.port, attempt)
+            workers = _start(arguments, size, server.port, run_id, attempt)
             asked.take()
             codes = _watch(workers, asked, store)
             whole = all(code in (0, *STOPPED) for code in codes.values())

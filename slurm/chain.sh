@@ -4,12 +4,16 @@
 # cluster=NAME chooses conf/cluster/NAME.yaml. Called again it goes on: stages that are done or in
 # the queue are not submitted twice. With cluster.data_shards or cluster.evaluate_shards above 1 an
 # array makes the parts of data_prep or evaluate, and a job after it puts them together. What
-# fetches runs here, where there is a network.
+# fetches runs here, where there is a network. What --dry-run prints is a script that does the same.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=slurm/common.sh
 source "$root/slurm/common.sh"
+# Of an allocation (salloc) in which this is called nothing may reach the jobs.
+for name in ${!SLURM_@}; do
+  [[ $name = SLURM_CONF ]] || unset "$name"
+done
 # What jobs see as SLURM_SUBMIT_DIR.
 cd "$root"
 
@@ -33,18 +37,11 @@ done
 keys=("experiment=$experiment" "${rest[@]}")
 command -v sbatch >/dev/null ||
   refuse "sbatch: not found, so this is no Slurm cluster; run on this machine:" \
-    "$python pipeline/run.py ${keys[*]}"
-read_recipe "${keys[@]}" || exit $?
-run=${recipe[run]}
-read -ra stages <<<"${recipe[stages]}"
-
-# Refusals before anything is submitted.
-for stage in "${stages[@]}"; do
-  [[ ${recipe[$stage.state]} != changed ]] ||
-    refuse "${recipe[$stage.folder]}: was made with another configuration; choose variant=NAME" \
-      "to keep it, or force=true to redo it"
-done
-read_container
+    "$(quoted "$python" pipeline/run.py "${keys[@]}")"
+code=0
+read_recipe "${keys[@]}" || code=$?
+[[ -v recipe[cluster.partition] ]] || exit "$code"
+# As other refusals, before anything is submitted.
 partition=${recipe[cluster.partition]:-${SBATCH_PARTITION:-}}
 known=$(sinfo -h -o %R | sort -u | tr '\n' ' ')
 # sbatch takes several, and the one that is free first.
@@ -52,12 +49,33 @@ for name in ${partition//,/ }; do
   [[ " $known" = *" $name "* ]] ||
     refuse "partition $name: this cluster has $known; set cluster.partition or SBATCH_PARTITION"
 done
-[[ -n $dry ]] || check_writable "$run/slurm"
+[[ $code = 0 ]] || exit "$code"
+run=${recipe[run]}
+read -ra stages <<<"${recipe[stages]}"
+
+for stage in "${stages[@]}"; do
+  [[ ${recipe[$stage.state]} != changed ]] ||
+    refuse "${recipe[$stage.folder]}: was made with another configuration; choose variant=NAME" \
+      "to keep it, or force=true to redo it"
+done
+read_container
+# No more cores than the smallest node has; "16+" where they differ.
+cores=${recipe[cluster.stage_cpus]}
+least=$(sinfo -h ${partition:+-p "$partition"} -o %c | grep -o '^[0-9]*' | sort -n | head -n 1)
+[[ -z $least || $least -ge $cores ]] || cores=$least
+
+if [[ -n $dry ]]; then
+  say() { printf '# %s\n' "$*"; }
+  quoted cd "$root"
+else
+  check_writable "$run/slurm"
+fi
 
 for stage in fetch fetch_tasks; do
   if [[ ${recipe[$stage.state]:-done} != "done" ]]; then
     say "$stage: here and now, for it needs a network"
-    [[ -n $dry ]] || "$python" pipeline/run.py "stage=$stage" "${keys[@]}"
+    command=("$python" pipeline/run.py "stage=$stage" "${keys[@]}")
+    if [[ -n $dry ]]; then quoted "${command[@]}"; else "${command[@]}"; fi
   fi
 done
 
@@ -82,11 +100,12 @@ flags_of() {
       # Where the recipe is for the CPU the script's own GPUs must not be asked for.
       [[ ${recipe[device]} != cpu ]] || flags+=(--gpus-per-node=0)
       ;;
-    data_prep)
-      # Without, it has as many processes as the job has cores.
-      [[ -z ${recipe[data_workers]} ]] || flags+=(--cpus-per-task="${recipe[data_workers]}")
-      ;;
     evaluate) gpus=${recipe[cluster.evaluate_gpus]} ;;
+  esac
+  case $stage in
+    finetune) ;;
+    data_prep) flags+=(--cpus-per-task="${recipe[data_workers]:-$cores}") ;;
+    *) flags+=(--cpus-per-task="$cores") ;;
   esac
   [[ ${recipe[device]} = cpu || $gpus = 0 ]] || flags+=(--gpus-per-node="$gpus")
   local key
@@ -108,12 +127,15 @@ train_script() {
 submit() {
   local name=$1 note=$2 after=$3
   shift 3
-  [[ -z $after ]] || flags+=(--dependency="afterok$after" --kill-on-invalid-dep=yes)
   if [[ -n $dry ]]; then
-    id="<$name>"
-    say "$name: sbatch ${flags[*]} $* ${keys[*]}"
+    [[ -z $after ]] || after=" --dependency=afterok$after --kill-on-invalid-dep=yes"
+    printf "%s=\$(%s%s %s)\n" "$name" "$(quoted sbatch "${flags[@]}")" "$after" \
+      "$(quoted "$@" "${keys[@]}")"
+    # The variable that this line sets.
+    id="\${$name}"
     return
   fi
+  [[ -z $after ]] || flags+=(--dependency="afterok$after" --kill-on-invalid-dep=yes)
   id=$(sbatch "${flags[@]}" "$@" "${keys[@]}") ||
     refuse "stage $name: sbatch refused it, as above; what was submitted before stays in the" \
       "queue, and the same command goes on"
@@ -174,4 +196,4 @@ for stage in "${stages[@]}"; do
   submit "$stage" "${recipe[$stage.folder]}.job" "$after" "${script[@]}"
   ids[$stage]=$id
 done
-[[ -n $dry ]] || say "slurm/status.sh ${keys[*]#experiment=} shows where it stands"
+[[ -n $dry ]] || say "$(quoted slurm/status.sh "$experiment" "${rest[@]}") shows where it stands"

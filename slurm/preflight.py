@@ -1,16 +1,18 @@
 """Before hours are spent: does every rank have its GPU, do all talk, and is there room to save?
 
-`torchrun ... slurm/preflight.py RUN DEVICE ROOM SCRIPT [ARGUMENT ...]`: RUN is the run's folder,
-ROOM the bytes that its checkpoints take. Every rank looks at what it was given, all add up numbers
-within each node and then together, and each becomes `python SCRIPT ARGUMENT ...`. A rank that lacks
-something, or waits in vain, names its node and ends with 1; rank 0 prints a line a node. The sums
-are sanity checks, not benchmarks.
+`slurm/launch.py ... slurm/preflight.py RUN DEVICE ROOM IN_NODE TOGETHER SCRIPT [ARGUMENT ...]`: RUN
+is the run's folder, ROOM the bytes that its checkpoints take, IN_NODE and TOGETHER the least GB/s
+that NCCL must reach within a node and between all (cluster.min_node_gbps, min_gbps). Every rank
+looks at what it was given, all add up numbers within each node and then together, and each becomes
+`python SCRIPT ARGUMENT ...`. A rank that lacks something, or waits in vain, names its node and ends
+with 1; rank 0 prints a line a node. The sums are sanity checks, not benchmarks.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,19 +25,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+# slurm/launch.py, whose child this is, ignores it. A rank that does not train yet saves nothing.
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-# Bytes that are summed, and the least that a node's links and the whole world must carry. Far
-# below any healthy NVLink or InfiniBand: what is slower runs over the wrong network.
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
+
+# Bytes that are summed.
 SIZE = {"cuda": 2**28, "cpu": 2**20}
-LEAST_IN_NODE = {"cuda": 20e9, "cpu": 0.0}
-LEAST_TOGETHER = {"cuda": 1e9, "cpu": 0.0}
 # Bytes on each node's own disk, where kernels are compiled.
 LEAST_LOCAL = 1e9
 # Seconds that one look may take; a first sum over many nodes opens all their connections.
 SECONDS = 180
+GLOO = "a sum over gloo, for saves and stops (its network: GLOO_SOCKET_IFNAME, see slurm/env.sh)"
 # As Slurm's --exclude takes it.
 NODE = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
@@ -140,8 +143,11 @@ def bandwidth(group: dist.ProcessGroup, device: str) -> float:
     return 2 * (members - 1) / members * SIZE[device] / seconds
 
 
-def faults(ranks: list[dict[str, Any]], device: str) -> list[str]:
-    """What is wrong with nodes of which all ranks have told: other versions, slow links."""
+def faults(ranks: list[dict[str, Any]], in_node: float, together: float) -> list[str]:
+    """What is wrong with nodes of which all ranks have told: other versions, slow links.
+
+    `in_node`, `together`: the least bytes/s within a node and between all.
+    """
     first, wrong = ranks[0], []
     for rank in ranks:
         for key in ("torch", "python", "gpu", "driver"):
@@ -150,15 +156,17 @@ def faults(ranks: list[dict[str, Any]], device: str) -> list[str]:
                     f"{rank['node']}: {key} {rank.get(key)}, but {first.get(key)} on "
                     f"{first['node']}; all must be alike: submit with --exclude={rank['node']}"
                 )
-        if rank["in node"] < LEAST_IN_NODE[device]:
+        if rank["in node"] < in_node:
             wrong.append(
                 f"{rank['node']}: {rank['in node'] / 1e9:.1f} GB/s between its ranks, "
-                f"{LEAST_IN_NODE[device] / 1e9:g} at least; submit with --exclude={rank['node']}"
+                f"{in_node / 1e9:g} at least; submit with --exclude={rank['node']}, or, where "
+                "GPUs without NVLink reach no more, set cluster.min_node_gbps"
             )
-    if first["together"] < LEAST_TOGETHER[device]:
+    if first["together"] < together:
         wrong.append(
-            f"all nodes: {first['together'] / 1e9:.1f} GB/s, {LEAST_TOGETHER[device] / 1e9:g} at "
-            "least; NCCL may have taken the wrong network: see slurm/env.sh"
+            f"all nodes: {first['together'] / 1e9:.1f} GB/s, {together / 1e9:g} at least; NCCL may "
+            "have taken the wrong network: see slurm/env.sh; where there is no faster one, set "
+            "cluster.min_gbps"
         )
     # The ranks of a node say the same.
     return list(dict.fromkeys(wrong))
@@ -172,6 +180,14 @@ def meet(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
     backend = "nccl" if device == "cuda" else "gloo"
     with at_most(SECONDS, "joining the others"):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    # It finds its own network, and not NCCL's.
+    with at_most(SECONDS, GLOO):
+        try:
+            host = dist.new_group(backend="gloo")
+            found["gloo"] = bandwidth(host, "cpu")
+        except RuntimeError as error:
+            raise Unfit(f"{GLOO}: {str(error).splitlines()[0]}") from error
+    with at_most(SECONDS, "joining this node's ranks"):
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         groups = [dist.new_group(range(first, first + here)) for first in range(0, size, here)]
     with at_most(SECONDS, "a sum over this node's ranks"):
@@ -179,7 +195,7 @@ def meet(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
     with at_most(SECONDS, "a sum over all ranks"):
         found["together"] = bandwidth(dist.group.WORLD, device)
         ranks = [None] * size
-        dist.all_gather_object(ranks, found)
+        dist.all_gather_object(ranks, found, group=host)
     dist.destroy_process_group()
     return ranks
 
@@ -192,7 +208,7 @@ def told(key: str, value: Any) -> str:
 
 
 def main() -> int:
-    run, device, room, *command = sys.argv[1:]
+    run, device, room, in_node, together, *command = sys.argv[1:]
     device = "cuda" if device == "auto" else device
     try:
         with at_most(SECONDS, "looking at GPU and disk"):
@@ -201,7 +217,9 @@ def main() -> int:
     except (Unfit, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         say(str(error).splitlines()[0])
         return 1
-    wrong = faults(ranks, device)
+    # On the CPU gloo does it all, and no rate is too low to try the scripts.
+    unit = 1e9 if device == "cuda" else 0.0
+    wrong = faults(ranks, float(in_node) * unit, float(together) * unit)
     if os.environ["RANK"] == "0":
         for rank in ranks[:: int(os.environ["LOCAL_WORLD_SIZE"])]:
             print("preflight:", ", ".join(told(*item) for item in rank.items()), flush=True)

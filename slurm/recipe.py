@@ -7,7 +7,7 @@ folder is done (its manifest matches), changed (made with another configuration)
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,53 +61,56 @@ def missing_parts(runner: Runner, stage: str, count: int) -> tuple[list[int], Pa
     return missing, changed
 
 
-def facts(overrides: list[str]) -> dict[str, object]:
-    """What the scripts ask for, of the configuration that these overrides give."""
+def facts(overrides: list[str]) -> Iterator[tuple[str, object]]:
+    """What the scripts ask for, of the configuration that these overrides give.
+
+    What an error leaves can be used: the cluster's values come before those that need the data.
+    """
     register_defaults()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = compose("config", overrides=overrides)
+    yield from ((f"cluster.{key}", value) for key, value in composed.cluster.items())
     # Before "auto" becomes what this machine has: a login node has no GPU, its cluster has.
-    found = {"device": composed.device}
+    yield "device", composed.device
     config = parse(composed)
     runner = Runner(config)
-    found |= {
+    yield from {
         "name": config.name,
         "variant": config.variant,
+        "outputs": runner.root,
         "run": runner.root / config.name / config.variant,
         "nodes": config.parallel.nodes,
         "gpus_per_node": config.parallel.gpus_per_node,
         "steps": config.train.steps,
         "checkpoint_room": checkpoint_room(config),
         "data_workers": config.data.workers,
-    }
-    found |= {f"cluster.{key}": value for key, value in asdict(config.cluster).items()}
+    }.items()
     shards = {"data_prep": config.cluster.data_shards, "evaluate": config.cluster.evaluate_shards}
     stages = stages_of(config)
-    found["stages"] = " ".join(stages)
+    yield "stages", " ".join(stages)
     for stage in stages:
         manifest = read_manifest(runner.folder(stage))
         same = manifest is not None and manifest["id"] == runner.wanted(stage)[2]
         state = "missing" if manifest is None or config.force else "done" if same else "changed"
-        found[f"{stage}.state"] = state
-        found[f"{stage}.folder"] = runner.folder(stage)
-        found[f"{stage}.inputs"] = " ".join(stage_inputs(stage, config))
+        yield f"{stage}.state", state
+        yield f"{stage}.folder", runner.folder(stage)
+        yield f"{stage}.inputs", " ".join(stage_inputs(stage, config))
         if shards.get(stage, 1) > 1 and state == "missing":
             left, changed = missing_parts(runner, stage, shards[stage])
-            found[f"{stage}.shards"] = shards[stage]
-            found[f"{stage}.left"] = " ".join(map(str, left))
+            yield f"{stage}.shards", shards[stage]
+            yield f"{stage}.left", " ".join(map(str, left))
             if changed:
-                found |= {f"{stage}.state": "changed", f"{stage}.folder": changed}
-    return found
+                yield f"{stage}.state", "changed"
+                yield f"{stage}.folder", changed
 
 
 def main() -> int:
     try:
-        found = facts(sys.argv[1:])
+        for key, value in facts(sys.argv[1:]):
+            print(key, "" if value is None else value, sep="\t")
     except (*USER_ERRORS, HydraException) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return USER_ERROR
-    for key, value in found.items():
-        print(key, "" if value is None else value, sep="\t")
     return 0
 
 

@@ -20,8 +20,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Notes SIGTERM, SIGINT (Ctrl-C) and the file `trigger` while in its `with` block.
 
-    A second signal raises KeyboardInterrupt. Ranks see a request at different times: the loop takes
-    the maximum of wanted() over all of them, so that they stop at the same step's edge.
+    Ctrl-C after a signal raises KeyboardInterrupt. A second SIGTERM asks for the same again: Slurm
+    and torchrun both send one. Ranks see a request at different times: the loop takes the maximum
+    of wanted() over all of them, so that they stop at the same step's edge.
     """
 
     def __init__(self, trigger: Path, on_signal: Callable[[], None] = lambda: None) -> None:
@@ -37,7 +38,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signalled = True
         self._wanted = max(self._wanted, number)

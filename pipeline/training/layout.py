@@ -13,12 +13,13 @@ from torch.distributed import TCPStore
 from model import megatron_on_cpu
 from pipeline.manifest import StageError
 from pipeline.schema import ParallelSection
+from pipeline.team import LOOPBACK, loopback_store
 
 
 @cache
 def _own_store() -> TCPStore:
     """A store on a port that was free; it is held, lest another process take it meanwhile."""
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return loopback_store()
 
 
 def _stand_alone() -> None:
@@ -27,7 +28,7 @@ def _stand_alone() -> None:
         RANK="0",
         WORLD_SIZE="1",
         LOCAL_RANK="0",
-        MASTER_ADDR="127.0.0.1",
+        MASTER_ADDR=LOOPBACK,
         MASTER_PORT=str(_own_store().port),
         # env:// then joins it, instead of opening another.
         TORCHELASTIC_USE_AGENT_STORE=str(True),

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.schema import WandbSection
 from pipeline.training.checkpoint import Progress
-from pipeline.wandb_run import close_run, log_record, open_run
+from pipeline.wandb_run import log_record, open_run
 
 log = logging.getLogger("longgen.training")
 
@@ -120,4 +120,4 @@ class Metrics:
         """Flush and end."""
         self.file.close()
         if self.run:
-            close_run(self.run)
+            self.run.finish()

@@ -46,6 +46,7 @@ def test_online_a_refusal_is_said(config, tmp_path, monkeypatch):
         raise ValueError("no such entity")
 
     monkeypatch.setattr(Workspace, "save", refuse)
+    monkeypatch.setattr(wandb_run, "_unreachable", lambda: None)
     config.wandb.mode = "online"
     with pytest.raises(StageError, match=r"wandb.entity='me': .*no such entity.*wandb login"):
         dashboard.run(context(tmp_path, config, "dashboard"))

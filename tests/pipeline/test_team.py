@@ -8,13 +8,14 @@ import time
 import warnings
 from types import SimpleNamespace
 
+import psutil
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from pipeline import runner, team
 from pipeline.console_log import log_to_terminal
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
-from pipeline.team import Team
+from pipeline.team import Failure, Team, first_failure, loopback_store, note_failure, own_keys
 from tests.pipeline.fake_stages import raising
 from tests.pipeline.running import composed, fresh_logger, refused, run
 
@@ -179,6 +180,22 @@ def test_ranks_stop_together(ranks, stages):
     assert min(ranks.left.values()) > saved[0]
     told = "stopped by the trigger file after a save; the same command continues"
     assert [line for line in lines if "stopped" in line] == [told]
+
+
+def test_only_this_machine_reaches_the_store_and_no_strangers_key_ends_a_run():
+    server = loopback_store()
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == server.port
+    ]
+    assert listening == ["127.0.0.1"]
+    theirs = TCPStore("127.0.0.1", server.port, is_master=False)
+    theirs.set("longgen_team/0/failed", '{"rank": 1, "exit_code": 2}')
+    keys = own_keys(server, "a random one", "0")
+    assert first_failure(keys) is None
+    note_failure(keys, Failure(0, 1))
+    assert first_failure(own_keys(theirs, "a random one", "0")) == Failure(0, 1)
 
 
 def test_a_warning_of_all_ranks_is_given_once_each_time():

@@ -231,7 +231,7 @@ def test_a_users_error_and_a_stop_by_request_are_final(tmp_path, code):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_get_sigterm_and_the_time_they_need_to_save(tmp_path, number):
-    thread = after(tmp_path, ["ready_1"], number)
+    thread = after(tmp_path, ["ready_1", "ready_1"], number, signal.SIGTERM)
     # Longer than what workers have that are to be closed.
     slow = 3 * workers.GRACE
     error = ended(tmp_path, SAVES, slow)
@@ -240,7 +240,7 @@ def test_workers_get_sigterm_and_the_time_they_need_to_save(tmp_path, number):
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
 
 
-def test_a_second_signal_ends_workers_at_once(tmp_path):
+def test_ctrl_c_after_a_signal_ends_workers_at_once(tmp_path):
     hold = "import threading\nthreading.Timer(0.3, note, ['asked']).start()"
     act = SAVES.replace("time.sleep(float", f"{hold}\ntime.sleep(60 + float")
     thread = after(tmp_path, ["ready_1", "asked"], signal.SIGINT, signal.SIGINT)

@@ -23,6 +23,7 @@ from tests.pipeline.running import WORLD
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo", "scancel")
 # Seconds that a daemon has to answer, and to end.
 START, END = 20, 10
+GRACE = 30
 # Of a client's command; chain.sh does a stage itself.
 LONGEST = 600
 POLL = 0.1
@@ -70,7 +71,9 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str, poll:
 
 
 class Cluster:
-    """Nodes node1 to nodeN in the partitions batch (the default) and high, which preempts it.
+    """Nodes node1 to nodeN in the partitions batch (the default), grace, and high.
+
+    A job in high preempts the others, those in grace GRACE seconds after their SIGTERM.
 
     After start(), `env` is what sbatch and the others need to reach it.
     """
@@ -252,7 +255,12 @@ class Cluster:
         for name, port in zip(names, ports, strict=True):
             place = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"
             lines.append(f"NodeName={name} {place} {shape}")
-        for name, tier, rest in (("batch", 10, "Default=YES"), ("high", 100, "PreemptMode=OFF")):
+        partitions = (
+            ("batch", 10, "Default=YES"),
+            ("grace", 10, f"GraceTime={GRACE}"),
+            ("high", 100, "PreemptMode=OFF"),
+        )
+        for name, tier, rest in partitions:
             keys = f"Nodes={','.join(names)} MaxTime=INFINITE State=UP PriorityTier={tier}"
             lines.append(f"PartitionName={name} {keys} {rest}")
         _write(self.conf, lines)
@@ -304,7 +312,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 EnforcePartLimits=ALL
 MinJobAge=172800
-KillWait=5
+KillWait=30
 InactiveLimit=0
 SlurmctldTimeout=30
 SlurmdTimeout=20

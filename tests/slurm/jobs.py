@@ -38,7 +38,7 @@ def recipe_facts(world: str) -> str:
     keys = ("device=cpu", "outputs=/OUTPUTS", "variant=VARIANT", "train.rows_per_step=64")
     keys += (f"parallel.nodes={nodes}", f"parallel.gpus_per_node={gpus}")
     every = ["experiment=tiny", SOURCE, *keys, "train.micro_batch_rows=1"]
-    found = script_module("recipe").facts(every)
+    found = dict(script_module("recipe").facts(every))
     return "".join(f"{key}\t{'' if value is None else value}\n" for key, value in found.items())
 
 
@@ -61,10 +61,10 @@ class Scripts:
         """`keys`: what every call is given beside its own."""
         self.cluster, self.venv, self.keys = cluster, venv, keys
 
-    def run(self, script: str, *arguments: str):
+    def run(self, script: str, *arguments: str, **env: str):
         """chain.sh or status.sh of experiment tiny, finished."""
         command = (f"slurm/{script}.sh", "tiny", *self.keys, *arguments)
-        return self.cluster.run(*command, cwd=ROOT, check=False, VENV=str(self.venv))
+        return self.cluster.run(*command, cwd=ROOT, check=False, VENV=str(self.venv), **env)
 
     def sbatch(self, log: Path, *keys: str, flags: tuple[str, ...] = ("--nodes=2",)) -> str:
         """The id of a training job of experiment tiny without GPUs."""

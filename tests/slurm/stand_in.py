@@ -2,12 +2,13 @@
 
 What bash and Slurm do is then tested by the second; that the true programs do the same is tested
 by test_survival.py. Beside bin/: `recipe.tsv`, what slurm/recipe.py says for variant=VARIANT;
-`fails`, `holds`, names of stages, or STAGE/PART, that fail, or wait; `steps`, how many a training
-takes; `save_every`, of how many.
+`fails`, `holds`, names of stages, or STAGE/PART, or `recipe`, that fail, or wait; `reads`,
+which reading the recipe leaves; `steps`, how many a training takes; `save_every`, of how many.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,11 +53,13 @@ def finish(folder):
 
 def other_name():
     """Of the file in which the other node of this start leaves its process's id."""
-    return next(word[2:] for word in sys.argv if word.startswith("--rdzv-id="))
+    return os.environ["PET_RDZV_ID"]
 
 
 def train(folder):
-    """As pipeline/training/loop.py writes and stops."""
+    """As pipeline/training/loop.py writes and stops, under slurm/launch.py."""
+    signals = []
+    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     if (folder / "manifest.json").exists():
         return
     partial = folder.with_name("finetune.partial")
@@ -76,13 +79,16 @@ def train(folder):
             os.kill(int(other.read_text()), 0)
         with metrics.open("a") as out:
             out.write(json.dumps({"kind": "train", "step": step, "seconds": STEP_SECONDS}) + "\n")
-        stopping = (partial / "stop").exists()
+        by_file = (partial / "stop").exists()
+        stopping = by_file or signals
         if stopping or any(step % number == 0 for number in every):
             latest.write_text(f"step_{step:06d}")
-        if stopping:
+        if by_file:
             (partial / "stopped").touch()
             (partial / "stop").unlink()
-            sys.exit(1)
+        if stopping:
+            other.with_suffix(".over").touch()
+            return
     partial.rename(folder)
     finish(folder)
 
@@ -93,7 +99,13 @@ def main():
         os.execv(sys.executable, [sys.executable, *words])
     found = recipe(words)
     if words[0].endswith("recipe.py"):
+        (VENV / "reads").touch()
+        while "recipe" in setting("holds"):
+            time.sleep(STEP_SECONDS)
         print("\n".join(f"{key}\t{value}" for key, value in found.items()))
+        if "recipe" in setting("fails"):
+            print("error: recipe fails, as told", file=sys.stderr)
+            sys.exit(2)
         return
     stage = next(word[6:] for word in words if word.startswith("stage="))
     shard = next((word.split("=")[1] for word in words if ".shard=" in word), None)
@@ -112,11 +124,15 @@ def main():
     elif os.environ["SLURM_NODEID"] == "0":
         train(folder)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if (folder / "manifest.json").exists():
+            return
         saves = folder.with_name("finetune.partial") / "checkpoints"
+        over = (saves / other_name()).with_suffix(".over")
         saves.mkdir(parents=True, exist_ok=True)
         (saves / "new").write_text(str(os.getpid()))
         (saves / "new").rename(saves / other_name())
-        while not (folder / "manifest.json").exists():
+        while not (folder / "manifest.json").exists() and not over.exists():
             time.sleep(STEP_SECONDS)
 
 

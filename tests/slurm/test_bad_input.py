@@ -47,9 +47,12 @@ def refused(done) -> str:
         ),
         (
             ["tiny", "cluster.partition=gone"],
-            "partition gone: this cluster has batch high ; set cl",
+            "partition gone: this cluster has batch grace high ; set cl",
         ),
-        (["tiny", "cluster.partition=batch,gone"], "partition gone: this cluster has batch high"),
+        (
+            ["tiny", "cluster.partition=batch,gone"],
+            "partition gone: this cluster has batch grace high",
+        ),
         (["tiny", GONE], "cluster.container_image=/gone.sqsh: is not there; it must be an image"),
         (
             ["tiny", "cluster.container_image=site#image"],
@@ -62,6 +65,13 @@ def test_chain_refuses(cluster, scripts, words, told):
     done = cluster.run(*command, cwd=ROOT, check=False, VENV=str(scripts.venv))
     assert refused(done).startswith(told)
     assert not cluster.run("squeue", "-h").stdout
+
+
+def test_a_recipe_that_fails_does_not_hide_an_unknown_partition(cluster, scripts):
+    (scripts.venv / "fails").write_text("recipe")
+    both = scripts.run("chain", "cluster.partition=gone").stderr
+    assert "recipe fails, as told" in both and "error: partition gone: this cluster" in both
+    assert refused(scripts.run("chain", "--dry-run")) == "recipe fails, as told"
 
 
 def test_the_environments_partition_is_checked_as_well(cluster, scripts):
@@ -137,7 +147,7 @@ def test_a_job_whose_world_or_inputs_do_not_fit_ends_at_once(cluster, scripts, t
         jobs[words] = text(log)
     assert all(line in jobs[words] for words, line in told.items()), jobs
     assert "slurm/chain.sh tiny" in jobs[("--nodes=2",)]
-    assert not (tmp_path / "outputs/tiny/main/slurm/starts").exists()
+    assert not (tmp_path / "outputs/tiny/main/slurm/failures").exists()
 
 
 def finish(scripts, stage):
@@ -164,7 +174,7 @@ def test_pyxis_flags_reach_srun(cluster, scripts, tmp_path):
     job = cluster.run(*command, cwd=ROOT, VENV=str(scripts.venv), PATH=path).stdout.strip()
     assert cluster.wait_for_job(job, SOON)["JobState"] == "COMPLETED", text(tmp_path / "log")
     (line,) = (line for line in text(tmp_path / "log").splitlines() if line.startswith("srun "))
-    run = tmp_path / "outputs/tiny/main"
-    mounts = f"{ROOT}:{ROOT},{run}:{run},/d:/d"
+    outputs = tmp_path / "outputs"
+    mounts = f"{ROOT}:{ROOT},{outputs}:{outputs},/d:/d"
     wanted = f"--container-image={image} --container-workdir={ROOT} --container-mounts={mounts}"
-    assert wanted in line and "torch.distributed.run --nnodes=2" in line
+    assert wanted in line and "slurm/launch.py --nnodes=2" in line

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,14 +44,19 @@ def ends(cluster, jobs: dict[str, str], seconds: float = SOON) -> dict[str, str]
     return {s: cluster.wait_for_job(job, seconds)["JobState"] for s, job in jobs.items()}
 
 
+def dry_lines(printed: str) -> dict[str, str]:
+    """{stage: what sbatch is given} of what chain.sh --dry-run prints."""
+    return dict(re.findall(r"^(\w+)=\$\(sbatch (.*)\)$", printed, flags=re.M))
+
+
 def test_a_dry_run_shows_every_line_and_submits_nothing(cluster, scripts, tmp_path):
     done = scripts.run("chain", "--dry-run", "train.lr=0.1", "cluster.partition=batch")
     assert done.returncode == 0, done.stderr
-    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", done.stdout, flags=re.M))
+    lines = dry_lines(done.stdout)
     assert tuple(lines) == JOBS
     assert all(line.endswith(" train.lr=0.1 cluster.partition=batch") for line in lines.values())
     assert all("--partition=batch" in line for line in lines.values())
-    assert "--dependency=afterok:<data_prep>:<convert>" in lines["finetune"]
+    assert "--dependency=afterok:${data_prep}:${convert} " in lines["finetune"]
     assert "--nodes=2" in lines["finetune"] and "slurm/train_70b.sh" in lines["finetune"]
     assert all("--kill-on-invalid-dep=yes" in lines[stage] for stage in JOBS[2:])
     assert "slurm/stage.sbatch export" in lines["export"]
@@ -60,12 +66,38 @@ def test_a_dry_run_shows_every_line_and_submits_nothing(cluster, scripts, tmp_pa
 def test_gpus_and_account_are_asked_for_where_they_are_wanted(scripts):
     keys = ("device=auto", "cluster.account=us", "cluster.train_time=1-00:00:00")
     done = scripts.run("chain", "--dry-run", *keys)
-    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", done.stdout, flags=re.M))
+    lines = dry_lines(done.stdout)
     asked = {s: re.findall(r"--gpus-per-node=(\d+)", line) for s, line in lines.items()}
     nothing = {stage: [] for stage in JOBS}
     assert asked == nothing | {"finetune": ["1"], "evaluate": ["1"]}
     assert all("--account=us" in line for line in lines.values())
     assert [stage for stage in JOBS if "--time=1-00:00:00" in lines[stage]] == ["finetune"]
+
+
+def test_a_dry_run_is_a_script_that_gives_sbatch_the_same_words(cluster, tmp_path):
+    """Whatever is in them; that what Hydra reads as one value stays one word."""
+    outputs = tmp_path / "out puts"
+    scripts = Scripts(cluster, stand_in(tmp_path / "venv", outputs))
+    keys = ("generate.prompt='a, \\\"b\\\" $HOME'", "data.sources=[{name: mine, path: 'x y'}]")
+    script = scripts.run("chain", "--dry-run", *keys).stdout
+    record = 'n=0; sbatch() { printf "%s\\n" "$@" >&3; n=$((n + 1)); echo "$RANDOM"; }'
+    with (tmp_path / "words").open("w") as words:
+        command = f"exec 3>&{words.fileno()}; set -eu; {record}\n{script}"
+        kept = (words.fileno(),)
+        subprocess.run(["bash", "-c", command], check=True, pass_fds=kept, timeout=SOON)
+    given = text(tmp_path / "words").splitlines()
+    assert given.count("--parsable") == len(JOBS)
+    assert all(given.count(key) == len(JOBS) for key in keys)
+    assert f"--output={outputs}/tiny/main/slurm/%x-%j.out" in given
+    # The stand-in has "fetched": that line runs too.
+    assert re.search(r"^\S+python pipeline/run.py stage=fetch ", script, flags=re.M)
+
+
+def test_a_stage_has_the_cores_that_a_node_has_and_data_workers_count_more(scripts):
+    for key, cores in (("", "16"), ("cluster.stage_cpus=4", "4"), ("cluster.stage_cpus=64", "16")):
+        lines = dry_lines(scripts.run("chain", "--dry-run", *filter(None, [key])).stdout)
+        asked = {s: re.findall(r"--cpus-per-task=(\d+)", line) for s, line in lines.items()}
+        assert asked == {s: [] if s == "finetune" else [cores] for s in JOBS}
 
 
 def test_a_failed_stage_cancels_what_follows_and_the_chain_goes_on_once_mended(
@@ -80,7 +112,9 @@ def test_a_failed_stage_cancels_what_follows_and_the_chain_goes_on_once_mended(
     status = scripts.run("status").stdout
     assert re.search(r"convert +missing, job \d+ FAILED NonZeroExitCode", status), status
     (scripts.venv / "fails").unlink()
-    mended = scripts.run("chain").stdout
+    # Called in an allocation (salloc), of which srun in the jobs must see nothing.
+    outer = {"SLURM_GPUS_PER_NODE": "3", "SLURM_NTASKS": "7", "SLURM_JOB_ID": "1"}
+    mended = scripts.run("chain", **outer).stdout
     assert "data_prep: done" in mended
     assert tuple(job_ids(mended)) == JOBS[1:]
     assert set(ends(cluster, job_ids(mended)).values()) == {"COMPLETED"}
@@ -120,15 +154,15 @@ def logs_of(run: Path, stage: str) -> int:
 def test_an_array_makes_the_parts_and_what_fails_alone_is_made_again(cluster, scripts, tmp_path):
     keys = ("cluster.data_shards=2", "cluster.evaluate_shards=3", "cluster.at_once=2")
     shown = scripts.run("chain", "--dry-run", *keys).stdout
-    lines = dict(re.findall(r"^\S+ (\w+): sbatch (.*)$", shown, flags=re.M))
+    lines = dry_lines(shown)
     assert set(lines) == {*JOBS, "data_prep_parts", "evaluate_parts"}
     assert "--array=1,2%2 slurm/stage.sbatch data_prep/2 " in lines["data_prep_parts"]
     assert "--array=1,2,3%2 --dependency" in lines["evaluate_parts"]
     assert " slurm/stage.sbatch evaluate/3 " in lines["evaluate_parts"]
-    parts = "<data_prep_parts>_1:<data_prep_parts>_2"
+    parts = "${data_prep_parts}_1:${data_prep_parts}_2"
     assert f"--dependency=afterok:{parts} --kill-on-invalid-dep=yes " in lines["data_prep"]
-    assert "afterok:<data_prep>:<export> " in lines["evaluate_parts"]
-    assert "afterok:<data_prep>:<export>:<evaluate_parts>_1:" in lines["evaluate"]
+    assert "afterok:${data_prep}:${export} " in lines["evaluate_parts"]
+    assert "afterok:${data_prep}:${export}:${evaluate_parts}_1:" in lines["evaluate"]
 
     run = tmp_path / "outputs/tiny/main"
     (scripts.venv / "fails").write_text("evaluate/2")

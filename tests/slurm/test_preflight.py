@@ -1,5 +1,6 @@
-"""slurm/preflight.py: what a rank lacks is told with its node; where nothing lacks, work begins."""
+"""slurm/launch.py and preflight.py: what a rank lacks is told with its node; else work begins."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.pipeline.running import ROOT, alone
 from tests.slurm.jobs import script_module
@@ -48,7 +51,7 @@ def test_ranks_check_and_then_work(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "work.py").write_text(WORK)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    check = ("slurm/preflight.py", str(tmp_path / "run"), "cpu", "1")
+    check = ("slurm/preflight.py", str(tmp_path / "run"), "cpu", "1", "20", "1")
     done = subprocess.run(
         [*torchrun, *check, str(tmp_path / "work.py"), "a=1"],
         cwd=ROOT,
@@ -67,7 +70,7 @@ def test_ranks_check_and_then_work(tmp_path):
 def test_a_rank_that_lacks_something_ends_and_names_its_node(preflight, rank, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "NODE", "n7")
     # Where nothing can be written, and with what would otherwise become this process.
-    monkeypatch.setattr(sys, "argv", ["preflight.py", "/proc", "cpu", "1", "work.py"])
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "/proc", "cpu", "1", "20", "1", "work.py"])
     assert preflight.main() == 1
     printed = capsys.readouterr().out
     assert printed.startswith("preflight: error: n7, rank 0: [Errno") and "/proc/" in printed
@@ -120,15 +123,39 @@ def ranks(**changed):
     ],
 )
 def test_a_node_that_differs_is_named(preflight, changed, told):
-    (line,) = preflight.faults(ranks(**changed), "cuda")
+    (line,) = preflight.faults(ranks(**changed), 20e9, 1e9)
     assert line.startswith(told)
 
 
 def test_alike_nodes_have_no_faults_and_a_slow_network_is_everyones(preflight):
-    assert preflight.faults(ranks(), "cuda") == []
-    slow = [rank | {"together": 1e8} for rank in ranks()]
-    (line,) = preflight.faults(slow, "cuda")
+    assert preflight.faults(ranks(), 20e9, 1e9) == []
+    slow = [rank | {"together": 1e8, "in node": 3e9} for rank in ranks()]
+    *_, line = preflight.faults(slow, 20e9, 1e9)
+    assert "where there is no faster one, set cluster.min_gbps" in line
+    # As machines with PCIe alone are.
+    assert preflight.faults(slow, 2e9, 1e7) == []
     assert line.startswith("all nodes: 0.1 GB/s, 1 at least; NCCL may have taken the wrong network")
+
+
+def test_gloo_that_finds_no_network_is_told(preflight, monkeypatch):
+    """Saves and votes to stop use it; NCCL, which is tried too, has a network of its own."""
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    for key, value in environment.items() | {("MASTER_ADDR", "127.0.0.1")}:
+        monkeypatch.setenv(key, value)
+    joined = []
+    monkeypatch.setattr(preflight, "rendezvous", lambda *_, **__: iter([(HashStore(), 0, 1)]))
+    monkeypatch.setattr(
+        preflight.dist, "init_process_group", lambda *words, **_: joined.append(words)
+    )
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
+
+    def new_group(**_):
+        raise RuntimeError("Unable to find address for: nothing0")
+
+    monkeypatch.setattr(preflight.dist, "new_group", new_group)
+    with pytest.raises(preflight.Unfit, match=r"gloo.*GLOO_SOCKET_IFNAME.*address for: nothing0"):
+        preflight.meet({}, "cuda")
+    assert joined == [("nccl",)]
 
 
 def test_what_hangs_is_ended_and_named(preflight, rank, capsys, monkeypatch):
@@ -142,3 +169,39 @@ def test_what_hangs_is_ended_and_named(preflight, rank, capsys, monkeypatch):
     with preflight.at_most(0.05, "a quick one"):
         pass
     assert not ended.wait(0.2)
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with", "said"),
+    [
+        ({}, 0, []),
+        # By SIGTERM, by the file `stop`: saved, and nothing that torchrun should call a failure.
+        ({0: 143, 1: 143}, 0, []),
+        ({0: 75}, 0, []),
+        ({0: 143, 5: -9}, 1, ["launch: n7: rank 5 failed with exit code -9"]),
+        # Before there was anything to save.
+        ({1: -15}, 1, ["launch: n7: rank 1 failed with exit code -15"]),
+    ],
+)
+def test_ranks_that_saved_and_stopped_are_no_failure(monkeypatch, capsys, codes, ends_with, said):
+    launch, given = script_module("launch"), []
+
+    def run(arguments):
+        given.append((arguments.rdzv_conf, arguments.signals_to_handle))
+        # torchrun has no say in what SIGTERM, which Slurm sends to all, ends.
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        if codes:
+            failures = {rank: ProcessFailure(0, 1, code, "") for rank, code in codes.items()}
+            raise ChildFailedError("preflight.py", failures)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--rdzv-conf=join_timeout=9", "preflight.py"])
+    try:
+        assert launch.main() == ends_with
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert given == [("is_host=1,join_timeout=9", "SIGINT,SIGHUP,SIGQUIT")]
+    assert capsys.readouterr().out.splitlines() == said

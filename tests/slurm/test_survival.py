@@ -31,7 +31,7 @@ def root(tmp_path_factory):
 def scripts(cluster, root):
     """The scripts with true Python, for the small run."""
     often = (f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.validate_every=100")
-    return Scripts(cluster, Path(sys.prefix), *small_run(root), *often, "wandb.mode=disabled")
+    return Scripts(cluster, Path(sys.prefix), *small_run(root), *often, "wandb.mode=offline")
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +44,31 @@ def whole(scripts, root):
     return losses
 
 
+def stopped_in_good_order(job, said):
+    """The run has saved, as the log says, at the step's edge: it is no regular save's step."""
+    wait_until(lambda: said in text(job.log), START, f"{said}\n{text(job.log)}")
+    wait_until(lambda: job.restarts() == 1, START, "the restart")
+    assert saved(job.run) > SAVE_EVERY and f"{said}{saved(job.run):06d}" in text(job.log)
+    assert "Traceback" not in text(job.log)
+    return 1
+
+
 def told_to_stop(job):
     job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
-    wait_until(lambda: "to go on from step_" in text(job.log), START, "the save")
-    # Not at a regular save: at the step's edge.
-    assert f"resume step={saved(job.run)}\n" not in text(job.log)
-    return 1
+    return stopped_in_good_order(job, "to go on from step_")
 
 
 def requeued_by_hand(job):
+    """Every process gets SIGTERM, wandb-core as well."""
     job.cluster.run("scontrol", "requeue", job.id)
-    return 1
+    return stopped_in_good_order(job, "Slurm ends this job: saved is step_")
 
 
 def preempted(job):
     urgent = ("--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1")
     other = job.cluster.run("sbatch", "--parsable", *urgent, cwd=job.run).stdout.strip()
     assert job.cluster.wait_for_job(other, START)["JobState"] == "COMPLETED"
-    return 1
+    return stopped_in_good_order(job, "Slurm ends this job: saved is step_")
 
 
 def a_node_is_lost(job):
