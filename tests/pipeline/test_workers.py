@@ -225,7 +225,9 @@ def test_a_users_error_and_a_stop_by_request_are_final(tmp_path, code):
     error = ended(tmp_path, f"sys.exit({code})")
     assert error.exit_code == code and str(error) == ""
     if code in workers.STOPPED:
-        error = ended(tmp_path, f"sys.exit({code}) if rank else os.kill(os.getpid(), 9)")
+        left = "os.path.exists(folder + '/left')"
+        dies = f"while not {left}: time.sleep(0.01)\nos.kill(os.getpid(), 9)"
+        error = ended(tmp_path, f"if rank: note('left'); sys.exit({code})\n{dies}")
         assert error.exit_code == code and "rank 0 was killed by SIGKILL" in str(error)
 
 
