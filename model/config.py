@@ -108,6 +108,11 @@ class ModelConfig:
                 f"{self.num_kv_heads}; check the model's config.json"
             )
 
+    def __hash__(self) -> int:
+        # Of all but the mappings, which have none.
+        sizes = (self.num_layers, self.hidden_size, self.ffn_hidden_size, self.vocab_size)
+        return hash((sizes, self.num_heads, self.num_kv_heads, self.is_full, self.pattern))
+
     def pattern_of(self, layer: int) -> Pattern:
         """The pattern of layer `layer`, counted from 0."""
         return Pattern.full() if self.is_full[layer] else self.pattern

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
+from kernels.pattern import Pattern
+
 from .config import ModelConfig
-from .mapping import megatron_shape, megatron_to_hf_names
+from .mapping import hf_shapes
 
 # Dense bf16 peak of one GPU in FLOP/s, by the vendor's data sheets (SXM parts, no sparsity).
 PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -14,7 +17,7 @@ PEAK_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 def parameters(config: ModelConfig) -> int:
     """All weights, embedding and norms among them."""
-    return sum(prod(megatron_shape(name, config)) for name in megatron_to_hf_names(config))
+    return sum(prod(shape) for shape in hf_shapes(config).values())
 
 
 def matrix_parameters(config: ModelConfig) -> int:
@@ -41,8 +44,14 @@ def training_flops(config: ModelConfig, document_lengths: Sequence[int]) -> floa
 
 def attention_flops(config: ModelConfig, layer: int, document_lengths: Sequence[int]) -> float:
     """FLOPs of the two products of layer `layer`'s attention, forward, over these documents."""
-    pairs = config.pattern_of(layer).pairs(document_lengths, config.num_kv_heads)
+    pairs = _pairs(config.pattern_of(layer), tuple(document_lengths), config.num_kv_heads)
     return 4.0 * config.head_dim * (config.num_heads // config.num_kv_heads) * pairs
+
+
+@lru_cache(maxsize=4)
+def _pairs(pattern: Pattern, document_lengths: tuple[int, ...], kv_heads: int) -> int:
+    # Layers of one kind, and the layouts that a plan compares, ask for the same.
+    return pattern.pairs(document_lengths, kv_heads)
 
 
 def peak_flops(gpu_name: str) -> float | None:

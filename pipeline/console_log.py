@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ class TerminalHandler(logging.StreamHandler):
     def stream(self):
         """Where lines go now."""
         return getattr(sys, self._stream)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on in silence where nobody reads any more, as under `| head`; the file has it all."""
+        if isinstance(sys.exception(), BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        else:
+            super().handleError(record)
 
 
 def log_to_terminal(stream: str) -> None:

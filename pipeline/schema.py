@@ -350,6 +350,7 @@ class ReportSection:
 class PlanSection:
     """stage=plan: a GPU of pipeline/planning/rates.py, and the documents that fill a row.
 
+    search: try every layout of the recipe's GPUs. gpu_hour_price: in any currency; null: no cost.
     document_lengths: their lengths in tokens, one after another and over again until the row is
     full; none: a row is one document. host_gib: memory of one host; node_mtbf_hours: a node's time
     between failures; restart_seconds: from a failure to loading the checkpoint; null: the table's.
@@ -357,6 +358,8 @@ class PlanSection:
 
     gpu: str = "H200"
     document_lengths: list[int] = field(default_factory=list)
+    search: bool = False
+    gpu_hour_price: float | None = None
     host_gib: float | None = None
     node_mtbf_hours: float | None = None
     restart_seconds: float | None = None

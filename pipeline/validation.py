@@ -277,7 +277,7 @@ def _check_kernel_case(key: str, case: KernelCase) -> None:
 
 def _check_plan(config: Config) -> None:
     _choice(config, "plan.gpu", tuple(GPUS))
-    for key in ("host_gib", "node_mtbf_hours", "restart_seconds"):
+    for key in ("host_gib", "node_mtbf_hours", "restart_seconds", "gpu_hour_price"):
         _at_least(config, f"plan.{key}", 0, above=True)
     lengths = config.plan.document_lengths
     if lengths and min(lengths) < 1:

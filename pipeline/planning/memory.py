@@ -28,6 +28,8 @@ from pipeline.planning.states import (
 )
 from pipeline.schema import Config
 
+# Of a GPU's memory, left free: for what the allocator cannot use, and the plan's own error.
+HEADROOM = 0.03
 # What KeptTensors holds on the GPU beside the layer at work (model/kept.py).
 NEAR = 2
 
@@ -61,8 +63,8 @@ class MemoryPlan:
 
     @property
     def over(self) -> int:
-        """Bytes that the GPU lacks; negative: left."""
-        return self.peak.total - self.gpu_bytes
+        """Bytes that the GPU lacks below its headroom; negative: left."""
+        return self.peak.total - int(self.gpu_bytes * (1 - HEADROOM))
 
     @property
     def host_over(self) -> int:
@@ -70,9 +72,14 @@ class MemoryPlan:
         return sum(self.host.values()) - self.host_bytes
 
     @property
+    def lacks(self) -> int:
+        """Bytes that GPU and host lack together."""
+        return max(self.over, 0) + max(self.host_over, 0)
+
+    @property
     def fits(self) -> bool:
         """Whether GPU and host hold all."""
-        return self.over <= 0 and self.host_over <= 0
+        return self.lacks == 0
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
@@ -279,7 +286,9 @@ def gpu_phases(config: Config, shape: ModelConfig, held: States) -> list[Phase]:
         # The layer's own input; its output is among the working set.
         working += tensors["h"]
     at_end = _kept_on_gpu(config, kept, layers, 1)
+    running = {part: always[part] for part in ("CUDA context", "NCCL")}
     phases = [
+        Phase("the model is built", running | {"weights, while they are divided": held.built}),
         Phase(
             f"forward, {name} of the last layer",
             always | gathered | before | at_end | {"working set": working},
@@ -294,11 +303,19 @@ def gpu_phases(config: Config, shape: ModelConfig, held: States) -> list[Phase]:
             | {"loss": loss["backward"], "reduce bucket": held.bucket},
         ),
     ]
-    backwards = []
-    for layer in reversed(range(layers)):
+    backwards, near = [], 1 + NEAR // max(1, len(kept) - 1)
+    # From layer to layer of a kind all parts change evenly: the largest is at an end, also of the
+    # layers whose kept tensors are near.
+    ends = {
+        end
+        for kind in set(shape.is_full)
+        for of_kind in [[i for i, full in enumerate(shape.is_full) if full is kind]]
+        for end in (of_kind[0], of_kind[-1], *(i for i in of_kind if i <= near))
+    }
+    for layer in sorted(ends, reverse=True):
         workspace = {"workspace": _workspace(config, shape.is_full[layer], tensors)}
         name, working = _largest(SAVED_BACKWARD if none else BACKWARD, tensors | workspace)
-        here = _kept_on_gpu(config, kept, layer + 1, 1 + NEAR // max(1, len(kept) - 1))
+        here = _kept_on_gpu(config, kept, layer + 1, near)
         done = {
             "gradients": held.gradients((layers - layer) / layers),
             "fp32 gradients": held.accumulators,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import ceil, prod
+from types import SimpleNamespace
 
 import torch
 
@@ -42,8 +44,11 @@ class States:
     gradients: alive when `share` (0 to 1) of the layers' backwards have run. bucket: while any
     backward runs. reduce: beside all that, when the last gradients are reduced. step_gradients:
     alive when the step begins; step: what the step allocates beside them. host: by part.
+    built: weights while the engine is built; ZeRO 3 divides a model that was whole, the others
+    copy it into flat groups, one after another.
     """
 
+    built: int
     weights: int
     embeddings: int
     gathered: int
@@ -59,6 +64,7 @@ class States:
     host: dict[str, int] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=16)
 def rank_shapes(shape: ModelConfig, tensor: int) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter on one tensor-parallel rank, by Megatron's name, in its order."""
     # Layers are alike, and the shapes of many take long to look up.
@@ -106,7 +112,13 @@ def accumulation_bytes(config: Config) -> int:
 
 def optimizer_groups(shapes: dict[str, tuple[int, ...]]) -> list[list[int]]:
     """Elements of the parameters in each of AdamW's groups."""
-    alike = torch.nn.ParameterList(torch.empty(size, device="meta") for size in shapes.values())
+    return _groups_of(tuple(shapes.values()))
+
+
+@lru_cache(maxsize=16)
+def _groups_of(shapes: tuple[tuple[int, ...], ...]) -> list[list[int]]:
+    parameters = [torch.empty(size, device="meta") for size in shapes]
+    alike = SimpleNamespace(parameters=lambda: parameters)
     return [[p.numel() for p in group["params"]] for group in parameter_groups(alike, 0.0)]
 
 
@@ -240,6 +252,7 @@ def states(config: Config, shape: ModelConfig) -> States:
                 host["accumulated gradients"] = width * mine
     checkpoint = sum(3 * rounded_pinned(FP32 * part) for part in parts)
     return States(
+        built=width * (whole if stage == 3 else held + most * size),
         weights=int(width * held * (1 - ends_share)),
         embeddings=width * held - int(width * held * (1 - ends_share)),
         gathered=gathered,

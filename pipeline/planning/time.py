@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.cost import attention_flops, matrix_parameters, parameters, training_flops
 from model.sharding import padded_vocab
 from pipeline.planning.memory import kept_tensors, layer_tensors
-from pipeline.planning.rates import DISK, GPUS, HOST_MEMORY, PAGEABLE, PCIE
+from pipeline.planning.rates import DISK, GPUS, HOST_MEMORY, PAGEABLE, PCIE, Rate
 from pipeline.planning.states import (
     FP32,
     MOMENTS,
@@ -40,9 +40,13 @@ HOST_ADAM_BYTES = 8 + 28 + 6
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of one step by part, FLOPs of one step of all GPUs, and what a run takes."""
+    """Seconds of one step by part, FLOPs of one step of all GPUs, and what a run takes.
+
+    within: by part, the error bar of its rate as a share of its seconds.
+    """
 
     parts: dict[str, float]
+    within: dict[str, float]
     model_flops: float
     recomputed_flops: float
     tokens: int
@@ -62,6 +66,11 @@ class TimePlan:
         return sum(self.parts.values())
 
     @property
+    def step_error(self) -> float:
+        """Seconds that a step may take more or less, if every rate errs by all of its bar."""
+        return sum(seconds * self.within[part] for part, seconds in self.parts.items())
+
+    @property
     def hours(self) -> float:
         """Hours of the whole run, with its saves and validations."""
         seconds = self.steps * self.step_seconds + self.saves * self.blocked_seconds
@@ -72,6 +81,7 @@ class TimePlan:
         seconds = self.step_seconds
         return {
             "step_seconds": seconds,
+            "step_error": self.step_error,
             "step_parts": self.parts,
             "model_flops": self.model_flops,
             "recomputed_flops": self.recomputed_flops,
@@ -88,9 +98,12 @@ class TimePlan:
 
 
 def row_documents(config: Config) -> list[int]:
-    """Lengths of the documents of one row; the last one is cut where the row ends."""
+    """Lengths of the documents of one row; the last one is cut where the row ends.
+
+    Without document masks a row is one document.
+    """
     left, lengths = config.data.seq_length, config.plan.document_lengths
-    if not lengths:
+    if not lengths or not config.train.document_mask:
         return [left]
     found: list[int] = []
     while left > 0:
@@ -166,16 +179,16 @@ def pointwise_bytes(config: Config, shape: ModelConfig) -> dict[str, float]:
     }
 
 
-def _bandwidth(config: Config, extent: int) -> float:
+def _link(config: Config, extent: int) -> Rate:
     """Bytes/s of a group of ranks that lie within `extent` neighbouring ones."""
     gpu = GPUS[config.plan.gpu]
-    inside = extent <= config.parallel.gpus_per_node
-    return (gpu.nvlink if inside else gpu.network).value
+    return gpu.nvlink if extent <= config.parallel.gpus_per_node else gpu.network
 
 
-def communication_seconds(config: Config, shape: ModelConfig) -> dict[str, float]:
-    """Seconds of one step's communication of one rank, by group. Ranks of a tensor-parallel group
-    are neighbours, then those of a Ulysses group, then data-parallel ones (Megatron's order)."""
+def communication(config: Config, shape: ModelConfig) -> dict[str, tuple[float, Rate]]:
+    """Bytes of one step's communication of one rank and the link, by group. Ranks of a tensor-
+    parallel group are neighbours, then those of a Ulysses group, then data-parallel ones
+    (Megatron's order)."""
     parallel, train, tensors = config.parallel, config.train, layer_tensors(config, shape)
     steps, size, ulysses = accumulation(config), zero_size(config), parallel.ulysses
     width, tensor = weight_bytes(config), parallel.tensor
@@ -190,13 +203,13 @@ def communication_seconds(config: Config, shape: ModelConfig) -> dict[str, float
         rings = (4 + 4 + 4 * again + (2 if parallel.sequence_parallel else 0)) * shape.num_layers
         share = (tensor - 1) / tensor
         moved = rings * share * stream * steps
-        found["tensor parallel"] = moved / _bandwidth(config, tensor)
+        found["tensor parallel"] = moved, _link(config, tensor)
     if ulysses > 1:
         # q, k, v there and the output back; their gradients the other way; and q, k, v again.
         forth, back = tensors["whole qkv"], tensors["out"]
         times = 2 * (forth + back) + again * forth + (back if again else 0)
         moved = times * (ulysses - 1) / ulysses * shape.num_layers * steps
-        found["Ulysses"] = moved / _bandwidth(config, tensor * ulysses)
+        found["Ulysses"] = moved, _link(config, tensor * ulysses)
     if size > 1:
         whole = width * sum(
             rows * (rest[0] if rest else 1) for rows, *rest in rank_shapes(shape, tensor).values()
@@ -206,7 +219,7 @@ def communication_seconds(config: Config, shape: ModelConfig) -> dict[str, float
         # weights for forward and for backward, and scatters gradients, in every micro-batch.
         rings = {1: 2 + 1, 2: 2 * steps + 1, 3: 3 * steps}[parallel.zero_stage]
         moved = rings * (size - 1) / size * whole
-        found["ZeRO"] = moved / _bandwidth(config, world_size(config))
+        found["ZeRO"] = moved, _link(config, world_size(config))
     return found
 
 
@@ -235,7 +248,9 @@ def time_plan(config: Config, shape: ModelConfig) -> TimePlan:
     train, parallel, gpu = config.train, config.parallel, GPUS[config.plan.gpu]
     documents, steps = row_documents(config), accumulation(config)
     world, rows = world_size(config), train.rows_per_step
-    gemm = (gpu.gemm if train.precision == "bf16" else gpu.gemm_fp32).value
+    products = gpu.gemm if train.precision == "bf16" else gpu.gemm_fp32
+    gemm, links = products.value, communication(config, shape)
+    attends = max(rate.within for rate in gpu.attention.values())
     length = config.data.seq_length
     # Of all GPUs together: each row's work is shared evenly by those that hold it.
     matrices, logits = _layer_matrices(shape), shape.hidden_size * shape.vocab_size
@@ -253,7 +268,13 @@ def time_plan(config: Config, shape: ModelConfig) -> TimePlan:
     forward = forward_gemm + forward_attention + steps * pointwise["forward"]
     backward = backward_gemm + again_gemm + backward_attention + again_attention
     backward += steps * pointwise["backward"]
-    copy = steps * _kept_bytes(config, shape) / PCIE.value
+    # The ranks of a host share its memory.
+    to_host = min(
+        PCIE,
+        Rate(HOST_MEMORY.value / parallel.gpus_per_node, "", within=HOST_MEMORY.within),
+        key=lambda rate: rate.value,
+    )
+    copy = steps * _kept_bytes(config, shape) / to_host.value
     parts = {
         "matrix products": forward_gemm + backward_gemm,
         "matrix products again": again_gemm,
@@ -261,16 +282,30 @@ def time_plan(config: Config, shape: ModelConfig) -> TimePlan:
         "attention, backward": backward_attention,
         "attention again": again_attention,
         "pointwise": steps * sum(pointwise.values()),
-        **communication_seconds(config, shape),
+        **{group: moved / link.value for group, (moved, link) in links.items()},
         "copies to the host, exposed": max(0.0, copy - forward),
         "copies from the host, exposed": max(0.0, copy - backward),
         **_optimizer_seconds(config, shape),
+    }
+    within = {
+        **dict.fromkeys(("matrix products", "matrix products again"), products.within),
+        **dict.fromkeys(
+            ("attention, forward", "attention, backward", "attention again"),
+            attends if train.precision == "bf16" else products.within,
+        ),
+        **dict.fromkeys(("pointwise", "optimizer"), gpu.hbm.within),
+        **{group: link.within for group, (_, link) in links.items()},
+        "copies to the host, exposed": to_host.within,
+        "copies from the host, exposed": to_host.within,
+        "optimizer on the host": HOST_MEMORY.within,
+        "gradients to the host, weights back": PAGEABLE.within,
     }
     mine, ranks = updated_elements(config, shape), parallel.gpus_per_node
     write = (FP32 + MOMENTS) * mine * ranks / DISK.value
     validation_rows = -(-train.validation_rows // (world // (parallel.tensor * parallel.ulysses)))
     return TimePlan(
         parts={part: seconds for part, seconds in parts.items() if seconds},
+        within=within,
         model_flops=training_flops(shape, documents) * rows,
         recomputed_flops=recomputed_flops(config, shape, documents) * rows,
         tokens=rows * length,

@@ -225,7 +225,9 @@ def test_a_users_error_and_a_stop_by_request_are_final(tmp_path, code):
     error = ended(tmp_path, f"sys.exit({code})")
     assert error.exit_code == code and str(error) == ""
     if code in workers.STOPPED:
-        error = ended(tmp_path, f"sys.exit({code}) if rank else os.kill(os.getpid(), 9)")
+        left = "os.path.exists(folder + '/left')"
+        dies = f"while not {left}: time.sleep(0.01)\nos.kill(os.getpid(), 9)"
+        error = ended(tmp_path, f"if rank: note('left'); sys.exit({code})\n{dies}")
         assert error.exit_code == code and "rank 0 was killed by SIGKILL" in str(error)
 
 
@@ -308,6 +310,13 @@ else:
     while not os.path.exists(last) or int(open(last).read()) < step: time.sleep(0.01)
 """
 
+# Rank 1 fails, once both have started.
+FAILS = """
+note(f"{os.getpid()}.read")
+while sum(name.endswith(".read") for name in os.listdir(folder)) < 2: time.sleep(0.01)
+sys.exit(rank)
+"""
+
 
 def test_a_failed_run_starts_again_while_it_advances(tmp_path, capsys, monkeypatch):
     with fresh_logger():
@@ -332,7 +341,7 @@ def test_restarts_have_a_number(tmp_path):
 def test_what_fails_without_progress_is_given_up(tmp_path):
     (tmp_path / "latest").write_text("7")
     with pytest.raises(WorkersEnded, match="not restarted, for no checkpoint was written") as error:
-        restarted(tmp_path, "sys.exit(rank)")
+        restarted(tmp_path, FAILS)
     assert str(error.value).startswith("rank 1 failed with exit code 1; ")
     assert error.value.exit_code == 1 and len(pids(tmp_path)) == 2
 
@@ -340,7 +349,7 @@ def test_what_fails_without_progress_is_given_up(tmp_path):
 def test_a_rank_that_fails_after_the_end_costs_nothing(tmp_path, capsys):
     with fresh_logger():
         log_to_terminal("stdout")
-        restarted(tmp_path, "sys.exit(rank)", finished=lambda: True)
+        restarted(tmp_path, FAILS, finished=lambda: True)
     assert "rank 1 failed with exit code 1, after the stage was done" in capsys.readouterr().out
     assert len(pids(tmp_path)) == 2
 
