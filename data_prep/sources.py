@@ -175,11 +175,7 @@ def _list_files(source: Source) -> tuple[list[str], Counter[str]]:
             'pattern such as "**/*.txt"'
         ) from error
     try:
-        found = [
-            name
-            for name in walk(root)
-            if matches(name, pattern) and left_out.isdisjoint(name.split("/"))
-        ]
+        found = [name for name in walk(root, left_out) if matches(name, pattern)]
         # a link that leads nowhere, such as to a disk that is not there, raises here
         names = sorted(name for name in found if S_ISREG((root / name).stat().st_mode))
     except OSError as error:
