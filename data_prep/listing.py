@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 # As the datasets library finds splits in names: a keyword between marks or digits.
@@ -23,10 +23,11 @@ _SPLIT = re.compile(
 )
 
 
-def walk(root: Path) -> Iterator[str]:
+def walk(root: Path, left_out: Collection[str] = ()) -> Iterator[str]:
     """Names of all files under a folder, relative to it, without those that begin with a dot.
 
-    Links to folders are followed, except to a folder that the link is in.
+    Links to folders are followed, except to a folder that the link is in; `left_out`: names of
+    folders that are not entered.
 
     Raises:
         OSError: on a folder that cannot be read.
@@ -37,12 +38,15 @@ def walk(root: Path) -> Iterator[str]:
         entered = []
         for name in sorted(folders):
             path = os.path.join(folder, name)
-            if not name.startswith(".") and (identity := _identity(path)) not in inside:
+            if name.startswith(".") or name in left_out:
+                continue
+            if (identity := _identity(path)) not in inside:
                 above[path] = inside | {identity}
                 entered.append(name)
         folders[:] = entered
-        relative = PurePosixPath(folder).relative_to(root)
-        yield from (str(relative / name) for name in sorted(files) if not name.startswith("."))
+        relative = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        yield from (prefix + name for name in sorted(files) if not name.startswith("."))
 
 
 def pattern_parts(pattern: str) -> list[str]:

@@ -175,11 +175,7 @@ def _list_files(source: Source) -> tuple[list[str], Counter[str]]:
             'pattern such as "**/*.txt"'
         ) from error
     try:
-        found = [
-            name
-            for name in walk(root)
-            if matches(name, pattern) and left_out.isdisjoint(name.split("/"))
-        ]
+        found = [name for name in walk(root, left_out) if matches(name, pattern)]
         # a link that leads nowhere, such as to a disk that is not there, raises here
         names = sorted(name for name in found if S_ISREG((root / name).stat().st_mode))
     except OSError as error:
@@ -191,12 +187,13 @@ def _list_files(source: Source) -> tuple[list[str], Counter[str]]:
     if source.format == "dataset":
         names, others = _of_split(source, names)
     if not names:
-        there = ", ".join(f"{count} of split {split}" for split, count in sorted(others.items()))
+        found, remedy = "", "path or glob"
+        if others:
+            there = ", ".join(f"{count} of split {name}" for name, count in sorted(others.items()))
+            found, remedy = f" and split {source.split!r}, but {there}", "path, glob or split"
         raise DataError(
-            f"source {source.name}: no file in {root} matches {glob!r}"
-            + (f" and split {source.split!r}, but {there}" if others else "")
-            + "; set the source's path, glob"
-            + (" or split (null: all)" if others else "")
+            f"source {source.name}: no file in {root} matches {glob!r}{found}; set the source's "
+            f"{remedy}"
         )
     return names, others
 
