@@ -9,7 +9,7 @@ import transformers
 from .pattern import Pattern
 
 # The oldest that an export was loaded, run and saved again with.
-MIN_TRANSFORMERS = (5, 4)
+MIN_TRANSFORMERS = (5, 17)
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:
     raise ImportError(

@@ -156,14 +156,14 @@ class LongGenModel(LongGenPreTrainedModel):
         """Lay out one forward's tokens, with a new cache where use_cache asks for one."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("must have either input_ids or inputs_embeds; pass one of them")
-        if self.training and (use_cache or past_key_values is not None):
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             # A layer that is computed again would write its keys again.
-            if past_key_values is not None and self.is_gradient_checkpointing:
+            if past_key_values is not None:
                 raise ValueError(
                     "past_key_values with gradient checkpointing: must be None in training; leave "
                     "it out, or call model.eval()"
                 )
-            use_cache = use_cache and not self.is_gradient_checkpointing
+            use_cache = False
         cache = self.new_cache() if use_cache and past_key_values is None else past_key_values
         given = input_ids if inputs_embeds is None else inputs_embeds
         shape = given.shape[0], given.shape[1]

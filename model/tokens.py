@@ -119,7 +119,7 @@ class CachedTokens:
 
 
 # Other descriptions of a packed row, which trainers pass beside cu_seq_lens_q.
-PACKED = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+PACKED = ("max_length_q", "max_length_k", "seq_idx")
 
 
 def lay_out(

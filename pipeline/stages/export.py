@@ -8,6 +8,7 @@ tensor by tensor: in memory are what is not yet written of one shard, one tensor
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ import model
 from data_prep.tokenizer_folder import check_saved, save_tokenizer
 from kernels.pattern import Pattern
 from model.config import ModelConfig, resolve_schedule
+from model.configuration_longgen import MIN_TRANSFORMERS
 from model.mapping import hf_shapes, split
 from model.modeling_longgen import LongGenForCausalLM
 from model.weights import HF_INDEX, iterate_weights, write_weights
@@ -40,12 +42,15 @@ COPIED = (
     "LICENSE*",
     "NOTICE*",
 )
+# Files that may state the base's context, and their keys of it.
+LENGTHS = (("tokenizer_config.json", "model_max_length"), ("generation_config.json", "max_length"))
 ENTRY = "modeling_longgen.py"
 # README.md of the exported folder; the repository's README has the same code.
 PAGE = """\
 # {name}: {layers} layers, {full} with full attention
 
-Made by LongGen for texts of up to {positions:,} tokens. It needs torch and transformers:
+Made by LongGen for texts of up to {positions:,} tokens. It needs torch and transformers {needs} or
+newer:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,6 +102,14 @@ def python_files() -> list[Path]:
             kernel = Path(kernels.__file__).parent / beside.name
             waiting.append(beside if beside.exists() else kernel)
     return found
+
+
+def _set_length(path: Path, key: str, length: int) -> None:
+    """Give a copied file that states a length the export's: the base's would cut longer texts."""
+    values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if values.get(key) not in (None, length):
+        values[key] = length
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _source(context: StageContext) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]]]:
@@ -172,11 +185,14 @@ def run(context: StageContext) -> dict:
     copied = {path for pattern in COPIED for path in fetched.glob(pattern) if path.is_file()}
     for path in (*sorted(copied), *python_files()):
         shutil.copyfile(path, out / path.name)
+    for name, key in LENGTHS:
+        _set_length(out / name, key, model_config.max_positions)
     page = PAGE.format(
         name=config.name,
         layers=model_config.num_layers,
         full=sum(model_config.is_full),
         positions=model_config.max_positions,
+        needs="{}.{}".format(*MIN_TRANSFORMERS),
     )
     (out / "README.md").write_text(page)
     context.log.info("exported %(tensors)d tensors in %(shards)d shards, %(bytes)d bytes", counts)

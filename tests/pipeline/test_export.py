@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from kernels.pattern import Pattern
 from model.config import ModelConfig
@@ -153,6 +160,57 @@ def test_files_are_copied_byte_for_byte(make):
     assert weights == {"model-00001.safetensors"}
     assert "weights.index.json" not in names
     assert counts["shards"] == 1 and counts["tensors"] == 3 + 3 * 9
+
+
+def test_the_exports_lengths_are_its_own(make):
+    """The base's would cut texts with truncation=True, and refuse to generate from long ones."""
+    context = make(seq_length=200)
+    fetched = context.folder("fetch") / "model"
+    for name, key in (
+        ("tokenizer_config", "model_max_length"),
+        ("generation_config", "max_length"),
+    ):
+        values = json.loads((fetched / f"{name}.json").read_text()) | {key: 64}
+        (fetched / f"{name}.json").write_text(json.dumps(values))
+    export.run(context)
+    tokenizer = AutoTokenizer.from_pretrained(context.out)
+    model = LongGenForCausalLM.from_pretrained(context.out)
+    assert model.config.max_position_embeddings == tokenizer.model_max_length == 200
+    assert model.generation_config.max_length == 200
+    assert model.generation_config.temperature == 0.25
+    assert model.generate(ids(1, 190), do_sample=False, eos_token_id=-1).shape == (1, 200)
+    assert "transformers 5." in (context.out / "README.md").read_text()
+
+
+def test_lengths_that_the_base_does_not_state_stay_out(make):
+    context = make(seq_length=200)
+    fetched = context.folder("fetch") / "model"
+    export.run(context)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        assert json.loads((context.out / name).read_text()).keys() == (
+            json.loads((fetched / name).read_text()).keys()
+        )
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
+def test_an_older_transformers_is_told_so_at_load(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    code = (ROOT / "model" / "configuration_longgen.py").read_text()
+    with pytest.raises(ImportError, match=f"transformers {version} cannot load.*or newer; pip"):
+        exec(compile(code.replace("from .pattern", "from kernels.pattern"), "copy", "exec"), {})
+
+
+def test_a_loaded_export_is_saved_again_with_its_code(make, tmp_path, monkeypatch):
+    """As trainers do: the copy loads and computes the same."""
+    context = make()
+    export.run(context)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("sys.path", sys.path[:])
+    loaded = AutoModelForCausalLM.from_pretrained(context.out, trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(ids(1, 90)).logits, loaded(ids(1, 90)).logits)
+    assert type(again).__module__.startswith("transformers_modules")
 
 
 def test_copied_files_import_relatively_only():
