@@ -92,14 +92,6 @@ def test_the_run_of_training_is_found(tmp_path):
     assert wandb_run.trained_run(tmp_path) == "last"
 
 
-def test_auto_is_online_where_there_is_a_key(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert wandb_run.resolve_mode(WandbSection()) == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert wandb_run.resolve_mode(WandbSection()) == "online"
-
-
 def test_disabled_it_is_not_imported(monkeypatch, tmp_path):
     # Its import takes seconds.
     monkeypatch.setitem(sys.modules, "wandb", None)
