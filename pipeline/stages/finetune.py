@@ -15,7 +15,7 @@ from model.weights import WeightFolder
 from pipeline.advice import held_out_shortage
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
-from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
+from pipeline.training.checkpoint_folder import saved_step  # noqa: F401, the runner asks for it
 from pipeline.training.layout import Layout
 from pipeline.training.metrics import Metrics, device_name
 
@@ -78,8 +78,8 @@ def _deterministic(train) -> None:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint in the folder if there is one."""
-    config, out, log = context.config, context.out, context.log
-    _deterministic(config.train)
+    config, train, out, log = context.config, context.config.train, context.out, context.log
+    _deterministic(train)
     layout = Layout(config.parallel, torch.device(config.device))
     # megatron-core and DeepSpeed may be imported only once the layout stands.
     from data_prep.shards import PackedRows
@@ -93,7 +93,6 @@ def run(context: StageContext) -> dict[str, Any]:
     from pipeline.training.loader import Loader
     from pipeline.training.loop import TRIGGER, Trainer
 
-    train = config.train
     torch.manual_seed(train.seed)
     source = ModelConfig.load(context.folder("convert") / "model.json")
     shape = hybrid_config(source, config)
@@ -101,6 +100,11 @@ def run(context: StageContext) -> dict[str, Any]:
         shape.save(out / "model.json")
     log.info("finetune: layers %s, %s", describe_schedule(shape.is_full), shape.pattern)
     log.info("finetune: to save and stop: touch %s", out / TRIGGER)
+    if train.keep_last == 1:
+        log.warning(
+            "finetune: train.keep_last=1: there is no checkpoint before the newest one; if its "
+            "files are damaged, training starts again from step 0. train.keep_last=2 keeps another"
+        )
     if lacking := held_out_shortage(config, context.folder("data_prep")):
         log.warning("stage=evaluate will stop: %s", lacking)
     model = build_model(config, shape, layout)

@@ -18,6 +18,7 @@ from pipeline.progress import Reporter, pairs
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.checkpoint_folder import saved_step
 from pipeline.training.engine import inner_optimizer, learning_rate
 from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
@@ -37,6 +38,8 @@ log = logging.getLogger("longgen.training")
 TRIGGER = "stop"
 # ... and this one once it has: torchrun's own exit code does not tell it from a failure.
 STOPPED = "stopped"
+# What a rank asks the others for where its save in the background has failed: above any signal.
+SAVE_FAILED = 1000
 # How many times train.hang_seconds what compiles kernels or writes to disk may take.
 LONG = 10
 
@@ -199,6 +202,7 @@ class Trainer:
         Raises:
             StageStopped: a signal came to a rank, or the trigger file: the step was finished and
                 saved.
+            StageError: a save failed; noticed after the step at whose end a rank knew.
         """
         with self.watchdog, self.reporter:
             try:
@@ -243,7 +247,11 @@ class Trainer:
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
                 self._beat(f"step {step}: asking all ranks whether to stop")
-                stopping = self.layout.largest(stop.wanted())
+                failed = self.checkpointer.failed
+                stopping = self.layout.largest(SAVE_FAILED if failed else stop.wanted())
+                if stopping == SAVE_FAILED:
+                    # Raises on every rank what has happened.
+                    self.checkpointer.wait()
                 if step % self.train.save_every == 0 or step == last or stopping:
                     self.save(step, consumed)
                 if stopping:
@@ -257,7 +265,7 @@ class Trainer:
     def _acknowledge(self) -> None:
         """Say at once that a signal has come, while the step goes on."""
         if self.layout.rank == 0:
-            lost = self.current - checkpoint.saved_step(self.folder)
+            lost = self.current - saved_step(self.folder)
             steps = "1 step" if lost == 1 else f"{lost} steps"
             message = "finetune: saving after this step; press Ctrl-C again to stop now, losing %s"
             log.warning(message, steps)
