@@ -15,7 +15,7 @@ from model.weights import WeightFolder
 from pipeline.advice import held_out_shortage
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
-from pipeline.training.checkpoint_folder import saved_step  # noqa: F401, the runner asks for it
+from pipeline.training.checkpoint_folder import check_shared, saved_step  # noqa: F401
 from pipeline.training.layout import Layout
 from pipeline.training.metrics import Metrics, device_name
 
@@ -81,6 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
     config, train, out, log = context.config, context.config.train, context.out, context.log
     _deterministic(train)
     layout = Layout(config.parallel, torch.device(config.device))
+    check_shared(out, layout.host_group)
     # megatron-core and DeepSpeed may be imported only once the layout stands.
     from data_prep.shards import PackedRows
     from pipeline.training.checkpoint import (

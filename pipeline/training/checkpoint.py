@@ -26,7 +26,6 @@ from model.sharding import fragment_blocks, shard_blocks
 from pipeline.manifest import NO_SPACE, StageError
 from pipeline.training.checkpoint_folder import (
     PARTIAL,
-    check_shared,
     checkpoint_path,
     checkpoints,
     newest,
@@ -188,10 +187,8 @@ class Checkpointer:
         """Restore the newest whole checkpoint; None where there is none at all.
 
         Raises:
-            StageError: where there are checkpoints and none is whole, or where ranks see another
-                folder than rank 0.
+            StageError: where there are checkpoints, and none is whole.
         """
-        check_shared(self.folder, self.layout.host_group)
         found = newest_whole(self.folder, self.layout.host_group)
         if self.layout.rank == 0:
             remove_leftovers(self.folder)

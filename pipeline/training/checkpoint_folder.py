@@ -13,7 +13,6 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -134,7 +133,7 @@ def newest(finetune: Path, group: dist.ProcessGroup | None = None) -> Path:
     return found
 
 
-def unseen(paths: Iterable[Path]) -> list[Path]:
+def unseen(paths: list[Path]) -> list[Path]:
     """Which files are still not there after SEEN_WITHIN seconds."""
     until = time.monotonic() + SEEN_WITHIN
     while (left := [path for path in paths if not path.exists()]) and time.monotonic() < until:
@@ -148,21 +147,22 @@ def check_shared(folder: Path, group: dist.ProcessGroup) -> None:
     Raises:
         StageError: on every rank, where one does not.
     """
-    mark: list[Path | None] = [None]
+    mark: list[str] = [""]
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # A name that was never looked for: a network file system remembers what was not there.
         handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=folder)
         os.close(handle)
-        mark[0] = Path(name)
+        mark[0] = Path(name).name
 
     on_lead(group, write)
     dist.broadcast_object_list(mark, src=0, group=group)
     hosts: list[tuple[str, bool]] = [("", True)] * group.size()
-    dist.all_gather_object(hosts, (socket.gethostname(), not unseen(mark)), group=group)
+    sees = not unseen([folder / mark[0]])
+    dist.all_gather_object(hosts, (socket.gethostname(), sees), group=group)
     if group.rank() == 0:
-        mark[0].unlink()
+        (folder / mark[0]).unlink()
     blind = sorted({host for host, sees in hosts if not sees})
     if blind:
         raise StageError(
@@ -171,7 +171,7 @@ def check_shared(folder: Path, group: dist.ProcessGroup) -> None:
         )
 
 
-def publish(partial: Path, final: Path, written: Iterable[str]) -> None:
+def publish(partial: Path, final: Path, written: list[str]) -> None:
     """Give a checkpoint its name, and `latest` that name.
 
     Args:
@@ -180,8 +180,7 @@ def publish(partial: Path, final: Path, written: Iterable[str]) -> None:
     Raises:
         StageError: where this process does not see one of them.
     """
-    written = list(written)
-    missing = unseen(partial / name for name in written)
+    missing = unseen([partial / name for name in written])
     if missing:
         raise StageError(
             f"{final}: not saved, for {socket.gethostname()} does not see {len(missing)} of the "

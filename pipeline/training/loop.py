@@ -42,6 +42,8 @@ STOPPED = "stopped"
 SAVE_FAILED = 1000
 # How many times train.hang_seconds what compiles kernels or writes to disk may take.
 LONG = 10
+# Seconds by which process groups wait longer than the watchdog, which needs up to 200 to end a run.
+MARGIN = 300
 
 
 class Trainer:
@@ -75,6 +77,9 @@ class Trainer:
         inner_optimizer(engine).refuses = lambda: self.guard.refuses(
             float(engine.optimizer._global_grad_norm)
         )
+        if train.hang_seconds:
+            # A group that gave up first would end its rank before it is known which one is behind.
+            layout.set_timeouts(LONG * train.hang_seconds + MARGIN)
         self.watchdog = Watchdog(train.hang_seconds, layout.rank, layout.size, layout.store, folder)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
