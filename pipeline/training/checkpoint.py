@@ -61,13 +61,15 @@ PROGRESS = "progress.json"
 class Progress:
     """Where a run stands: optimizer steps, rows consumed (the loader's state), its W&B id.
 
-    guard: StepGuard's state, from which the steps to skip follow.
+    guard: StepGuard's state, from which the steps to skip follow. of_steps: train.steps of the run
+    that saved; 0: not known.
     """
 
     step: int
     rows_consumed: int
     wandb_id: str | None = None
     guard: dict[str, Any] = field(default_factory=dict)
+    of_steps: int = 0
 
 
 def engine_pieces(

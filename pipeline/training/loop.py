@@ -197,7 +197,9 @@ class Trainer:
         """A checkpoint of where the run stands."""
         self._beat(f"step {step}: saving", long=True)
         run_id = self.metrics.run_id if self.metrics else None
-        at = checkpoint.Progress(step, consumed, run_id, self.guard.state())
+        at = checkpoint.Progress(
+            step, consumed, run_id, self.guard.state(), of_steps=self.train.steps
+        )
         blocked = self.checkpointer.save(at)
         log.info("finetune: saving step=%d blocked_seconds=%.2f", step, blocked)
 

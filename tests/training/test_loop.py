@@ -89,6 +89,17 @@ def test_steps_equal_plain_pytorch(layout, tmp_path):
         assert_close_by_norm(grad_norm, norm, 1e-4)
 
 
+def test_a_finished_run_of_fewer_steps_goes_on_as_the_longer_one(layout, tmp_path):
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    whole.mkdir(), grown.mkdir()
+    train_whole(whole, lr_schedule="constant", steps=6)
+    train_whole(grown, lr_schedule="constant", steps=4)
+    trainer, start = make_trainer(grown, lr_schedule="constant", steps=6)
+    assert (start.step, start.of_steps) == (4, 4)
+    trainer.run(start)
+    assert train_losses(grown) == train_losses(whole)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
