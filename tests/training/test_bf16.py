@@ -14,8 +14,8 @@ from tests.training.test_layouts import LAYOUTS
 from tests.training.worlds import run_world
 
 STEPS = 8
-ROWS = 8
-LENGTH = 128
+ROWS = 4
+LENGTH = 64
 MAX_LOSS_DEVIATION, MAX_NORM_DEVIATION = 1e-3, 1e-2
 NAMES = ("tp2_sp", "ulysses2", "tp2_ulysses2", "zero1", "zero2", "zero3")
 # Tensor and sequence parallelism together, and the partition that differs most from one process.
