@@ -29,6 +29,7 @@ from model.weights import WeightsError
 from pipeline.advice import advice
 from pipeline.changes import describe_changes
 from pipeline.console_log import NAME, console_log, log_to_terminal
+from pipeline.longer_run import begin_longer, lengthens
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -201,10 +202,11 @@ class Runner:
         if manifest is None:
             raise StageError(f"{folder}: is missing; run stage={stage} first")
         if manifest["id"] != self._input_id(stage):
+            longer = lengthens(stage_module(stage), manifest, *self.wanted(stage)[:2])
             raise StageError(
                 f"{folder}: was made with another configuration "
                 f"({self._changes(stage, manifest)}); set that as it was, choose another "
-                f"variant=NAME, or redo it first by stage={stage} force=true"
+                f"variant=NAME, or redo it first by stage={stage}{'' if longer else ' force=true'}"
             )
         return folder
 
@@ -223,14 +225,17 @@ class Runner:
 
     def _partial_folder(self, stage: str, log_: logging.Logger) -> Path:
         """The folder to write in: what a killed run left of a resumable stage, or a new one."""
-        depends_on, inputs, _ = self.wanted(stage)
-        out = self.partial(stage)
+        (depends_on, inputs, _), out = self.wanted(stage), self.partial(stage)
         # A forced run that was stopped goes on by the same command; it drops only others' work.
-        record = {"config": depends_on, "inputs": inputs, "forced": self.config.force}
+        own = {"config": depends_on, "inputs": inputs, "forced": self.config.force}
+        record = own | {"upstream": self._upstream(stage), "started": time.time()}
+        there = stage_module(stage), self.folder(stage), out, PARTIAL
+        if not self.config.force and begin_longer(*there, record):
+            return out
         if out.exists():
             try:
                 left = json.loads((out / PARTIAL).read_text())
-                same = all(left[key] == value for key, value in record.items())
+                same = all(left[key] == value for key, value in own.items())
             except (OSError, json.JSONDecodeError, KeyError):
                 left, same = None, False
             resumable = getattr(stage_module(stage), "RESUMABLE", False)
@@ -245,7 +250,6 @@ class Runner:
                 )
             shutil.rmtree(out)
         out.mkdir(parents=True)
-        record |= {"upstream": self._upstream(stage), "started": time.time()}
         (out / PARTIAL).write_text(json.dumps(record, default=str) + "\n")
         return out
 
@@ -295,13 +299,14 @@ class Runner:
             StageError: where the folder is another configuration's, or an input is missing.
         """
         force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
-        _, inputs, wanted_id = self.wanted(stage)
+        depends_on, inputs, wanted_id = self.wanted(stage)
         final = self.folder(stage)
         manifest = read_manifest(final)
         if manifest and manifest["id"] == wanted_id and not force:
             log.info("%s: up to date, skipped (%s)", stage, final)
             self.team.tell("decision", {"counts": manifest["counts"]})
             return manifest["counts"]
+        force |= bool(manifest) and lengthens(stage_module(stage), manifest, depends_on, inputs)
         if manifest and not force and not getattr(stage_module(stage), "REMADE", False):
             raise StageError(
                 f"{final}: was made with another configuration "

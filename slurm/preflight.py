@@ -39,6 +39,8 @@ LEAST_LOCAL = 1e9
 # Seconds that one look may take; a first sum over many nodes opens all their connections.
 SECONDS = 180
 GLOO = "a sum over gloo, for saves and stops (its network: GLOO_SOCKET_IFNAME, see slurm/env.sh)"
+# Seconds that a shared file system may take to show what another node has written.
+SEEN_WITHIN = 30
 # As Slurm's --exclude takes it.
 NODE = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
@@ -143,6 +145,16 @@ def bandwidth(group: dist.ProcessGroup, device: str) -> float:
     return 2 * (members - 1) / members * SIZE[device] / seconds
 
 
+def unseen(marks: list[Path]) -> list[int]:
+    """Which ranks' marks do not show in the run's folder, in the order of ranks."""
+    until = time.monotonic() + SEEN_WITHIN
+    while (left := [r for r, mark in enumerate(marks) if not mark.exists()]) and (
+        time.monotonic() < until
+    ):
+        time.sleep(0.5)
+    return left
+
+
 def faults(ranks: list[dict[str, Any]], in_node: float, together: float) -> list[str]:
     """What is wrong with nodes of which all ranks have told: other versions, slow links.
 
@@ -150,6 +162,12 @@ def faults(ranks: list[dict[str, Any]], in_node: float, together: float) -> list
     """
     first, wrong = ranks[0], []
     for rank in ranks:
+        if hidden := sorted({ranks[other]["node"] for other in rank["unseen"]}):
+            wrong.append(
+                f"{rank['node']}: does not see what {', '.join(hidden)} wrote into the run's "
+                "folder, which seems to be a disk of each node by itself; set outputs to a folder "
+                "that all nodes share"
+            )
         for key in ("torch", "python", "gpu", "driver"):
             if rank.get(key) != first.get(key):
                 wrong.append(
@@ -172,7 +190,7 @@ def faults(ranks: list[dict[str, Any]], in_node: float, together: float) -> list
     return list(dict.fromkeys(wrong))
 
 
-def meet(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
+def meet(found: dict[str, Any], device: str, run: Path) -> list[dict[str, Any]]:
     """What every rank has found, with bandwidths, in the order of ranks."""
     store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SECONDS)))
     # What comes after uses the launcher's store as well, and must not meet these keys.
@@ -189,13 +207,21 @@ def meet(found: dict[str, Any], device: str) -> list[dict[str, Any]]:
             raise Unfit(f"{GLOO}: {str(error).splitlines()[0]}") from error
     with at_most(SECONDS, "joining this node's ranks"):
         here = int(os.environ["LOCAL_WORLD_SIZE"])
+        # A name of this start alone, for NFS remembers for a while which names were not there.
+        start = [f"{time.time_ns():x}"]
+        dist.broadcast_object_list(start, src=0, group=host)
+        marks = [run / f".preflight_{start[0]}_{number}" for number in range(size)]
+        marks[rank].touch()
         groups = [dist.new_group(range(first, first + here)) for first in range(0, size, here)]
     with at_most(SECONDS, "a sum over this node's ranks"):
         found["in node"] = bandwidth(groups[rank // here], device)
     with at_most(SECONDS, "a sum over all ranks"):
         found["together"] = bandwidth(dist.group.WORLD, device)
+        # All have written theirs: the sum needs every rank.
+        found["unseen"] = unseen(marks)
         ranks = [None] * size
         dist.all_gather_object(ranks, found, group=host)
+    marks[rank].unlink()
     dist.destroy_process_group()
     return ranks
 
@@ -213,7 +239,7 @@ def main() -> int:
     try:
         with at_most(SECONDS, "looking at GPU and disk"):
             found = look_around(Path(run), device, int(room))
-        ranks = meet(found, device)
+        ranks = meet(found, device, Path(run))
     except (Unfit, RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         say(str(error).splitlines()[0])
         return 1
@@ -222,7 +248,8 @@ def main() -> int:
     wrong = faults(ranks, float(in_node) * unit, float(together) * unit)
     if os.environ["RANK"] == "0":
         for rank in ranks[:: int(os.environ["LOCAL_WORLD_SIZE"])]:
-            print("preflight:", ", ".join(told(*item) for item in rank.items()), flush=True)
+            items = [told(*item) for item in rank.items() if item[0] != "unseen"]
+            print("preflight:", ", ".join(items), flush=True)
         for line in wrong:
             print(f"preflight: error: {line}", flush=True)
     if wrong:

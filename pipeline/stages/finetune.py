@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,42 +16,85 @@ from model.weights import WeightFolder
 from pipeline.advice import held_out_shortage
 from pipeline.manifest import StageContext, StageError
 from pipeline.schema import Config
-from pipeline.training.checkpoint import saved_step  # noqa: F401, the runner asks for it
+from pipeline.training.checkpoint_folder import check_shared, saved_step  # noqa: F401
 from pipeline.training.layout import Layout
 from pipeline.training.metrics import Metrics, device_name
 
 INPUTS = ("data_prep", "convert")
 RESUMABLE = True
 DISTRIBUTED = True
-# What says how often to speak, look or save, or how memory is spent, and does not change the maths.
-NOT_THE_RESULT = (
-    "log_every",
-    "validate_every",
-    "save_every",
-    "keep_last",
-    "save_background",
-    "hang_seconds",
-    "profile_step",
-    "micro_batch_rows",
-    "recompute",
-    "offload_activations",
-    "mlp_tile",
-    # They decide at what the run stumbles; told to stop, a user mends them and goes on.
-    "non_finite",
-    "spike_sigmas",
-    "spike_window",
-)
+# What may change where a run continues, unfinished or finished: every key of `train`. Of the other
+# sections `parallel`, `wandb`, `device` and `outputs` are free, and all that it reads is fixed.
+FREE, MAY_GROW, FIXED = "free", "may grow", "fixed"
+ON_RESUME = {
+    "steps": MAY_GROW,
+    # How often to log, validate or save, and how memory is spent: the maths stay the same.
+    "log_every": FREE,
+    "validate_every": FREE,
+    "save_every": FREE,
+    "keep_last": FREE,
+    "save_background": FREE,
+    "hang_seconds": FREE,
+    "profile_step": FREE,
+    "micro_batch_rows": FREE,
+    "recompute": FREE,
+    "offload_activations": FREE,
+    "mlp_tile": FREE,
+    # What the run stops at: set otherwise after it has stopped.
+    "non_finite": FREE,
+    "spike_sigmas": FREE,
+    "spike_window": FREE,
+    "rows_per_step": FIXED,
+    "lr": FIXED,
+    "lr_schedule": FIXED,
+    "min_lr_ratio": FIXED,
+    "warmup_steps": FIXED,
+    "betas": FIXED,
+    "adam_eps": FIXED,
+    "weight_decay": FIXED,
+    "clip": FIXED,
+    "seed": FIXED,
+    "precision": FIXED,
+    "document_mask": FIXED,
+    "deterministic": FIXED,
+    "validation_rows": FIXED,
+    "position_bucket": FIXED,
+    "weights_from": FIXED,
+}
 
 
 def depends_on(config: Config) -> dict[str, Any]:
     """Pattern, schedule, RoPE and training; not the layout, which never changes the maths."""
-    train = {k: v for k, v in asdict(config.train).items() if k not in NOT_THE_RESULT}
+    train = {k: v for k, v in asdict(config.train).items() if ON_RESUME[k] != FREE}
     return {
         "pattern": asdict(config.pattern),
         "schedule": asdict(config.schedule),
         "rope": asdict(config.rope),
         "train": train,
     }
+
+
+def lengthens(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether a run that depends on `old` may go on as `new`: the same but for what may grow."""
+    may_grow = [key for key, may in ON_RESUME.items() if may == MAY_GROW]
+    grown = {key: new["train"][key] for key in may_grow if new["train"][key] > old["train"][key]}
+    return bool(grown) and new == old | {"train": old["train"] | grown}
+
+
+def continue_finished(finished: Path, out: Path) -> None:
+    """Fill the new folder `out` with what a finished run goes on from.
+
+    Checkpoints are linked where the file system can; what is in `finished` does not change.
+    """
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    shutil.copytree(finished / "checkpoints", out / "checkpoints", copy_function=link)
+    shutil.copy2(finished / "metrics.jsonl", out)
 
 
 def hybrid_config(source: ModelConfig, config: Config) -> ModelConfig:
@@ -78,9 +122,10 @@ def _deterministic(train) -> None:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Train to the last step, from the newest checkpoint in the folder if there is one."""
-    config, out, log = context.config, context.out, context.log
-    _deterministic(config.train)
+    config, train, out, log = context.config, context.config.train, context.out, context.log
+    _deterministic(train)
     layout = Layout(config.parallel, torch.device(config.device))
+    check_shared(out, layout.host_group)
     # megatron-core and DeepSpeed may be imported only once the layout stands.
     from data_prep.shards import PackedRows
     from pipeline.training.checkpoint import (
@@ -89,11 +134,10 @@ def run(context: StageContext) -> dict[str, Any]:
         fill_masters,
         weights_reader,
     )
-    from pipeline.training.engine import build_engine, build_model
+    from pipeline.training.engine import build_engine, build_model, learning_rate
     from pipeline.training.loader import Loader
     from pipeline.training.loop import TRIGGER, Trainer
 
-    train = config.train
     torch.manual_seed(train.seed)
     source = ModelConfig.load(context.folder("convert") / "model.json")
     shape = hybrid_config(source, config)
@@ -101,6 +145,11 @@ def run(context: StageContext) -> dict[str, Any]:
         shape.save(out / "model.json")
     log.info("finetune: layers %s, %s", describe_schedule(shape.is_full), shape.pattern)
     log.info("finetune: to save and stop: touch %s", out / TRIGGER)
+    if train.keep_last == 1:
+        log.warning(
+            "finetune: train.keep_last=1: there is no checkpoint before the newest one; if its "
+            "files are damaged, training starts again from step 0. train.keep_last=2 keeps another"
+        )
     if lacking := held_out_shortage(config, context.folder("data_prep")):
         log.warning("stage=evaluate will stop: %s", lacking)
     model = build_model(config, shape, layout)
@@ -123,6 +172,14 @@ def run(context: StageContext) -> dict[str, Any]:
     start = checkpointer.load()
     if start:
         log.info("finetune: resume step=%d", start.step)
+        if start.of_steps and start.of_steps != train.steps:
+            before = learning_rate(replace(train, steps=start.of_steps), start.step - 1)
+            now = learning_rate(train, start.step)
+            log.info(
+                "finetune: lengthened of_steps=%d->%d lr=%.2e->%.2e; lr_schedule=%s goes on as in "
+                "a run that began with train.steps=%d; Adam's moments are kept",
+                *(start.of_steps, train.steps, before, now, train.lr_schedule, train.steps),
+            )
     elif train.weights_from:
         read = weights_reader(Path(train.weights_from), shape, layout.host_group)
         fill_masters(engine, shape, layout, read)

@@ -1,16 +1,14 @@
 """Checkpoints by parameter name: fp32 masters, both Adam moments, and where the run stood.
 
-A checkpoint is a folder `step_NNNNNN`, written under another name and renamed when whole; `latest`
-names the newest. It holds whole tensors under Megatron's names (TP=1 form), whatever the layout of
-the run that wrote it. The weights that train are the masters cast to the training dtype, so they
-are not stored twice. Learning rate and data order are functions of the step.
+A checkpoint holds whole tensors under Megatron's names (TP=1 form), whatever the layout of the run
+that wrote it. The weights that train are the masters cast to the training dtype, so they are not
+stored twice. Learning rate and data order are functions of the step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +23,18 @@ import torch.distributed as dist
 from model.config import ModelConfig
 from model.mapping import megatron_shape, megatron_to_hf_names
 from model.sharding import fragment_blocks, shard_blocks
-from pipeline.manifest import StageError
+from pipeline.manifest import NO_SPACE, StageError
+from pipeline.training.checkpoint_folder import (
+    PARTIAL,
+    checkpoint_path,
+    checkpoints,
+    newest,
+    newest_whole,
+    prune,
+    publish,
+    remove_leftovers,
+    step_of,
+)
 from pipeline.training.engine import (
     MOMENTS,
     adam_step,
@@ -36,30 +45,31 @@ from pipeline.training.engine import (
 from pipeline.training.layout import Layout
 from pipeline.training.shard_store import (
     Piece,
-    faults,
+    on_lead,
     read_pieces,
     stored_shapes,
     write_pieces,
+    write_synced,
 )
 
 log = logging.getLogger("longgen.training")
 
-LATEST = "latest"
 PROGRESS = "progress.json"
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands: optimizer steps, rows consumed (the loader's state), its W&B id.
 
-    guard: StepGuard's state, from which the steps to skip follow.
+    guard: StepGuard's state, from which the steps to skip follow. of_steps: train.steps of the run
+    that saved; 0: not known.
     """
 
     step: int
     rows_consumed: int
     wandb_id: str | None = None
     guard: dict[str, Any] = field(default_factory=dict)
+    of_steps: int = 0
 
 
 def engine_pieces(
@@ -122,6 +132,8 @@ class Checkpointer:
         self.engine, self.config, self.layout = engine, config, layout
         self.folder, self.keep_last, self.background = folder, keep_last, background
         self._pending: Future[float] | None = None
+        # Of an earlier run, what this one did not continue from.
+        self._passed_over: list[Path] = []
         # Host copies of the optimizer's storages, kept from save to save: pinning takes long.
         self._host: dict[int, torch.Tensor] = {}
 
@@ -154,6 +166,12 @@ class Checkpointer:
         """Whether a save is being written in the background."""
         return self._pending is not None and not self._pending.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed; wait() then says how."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def wait(self) -> float:
         """Seconds that the writing of the last save took; returns when it is whole.
 
@@ -173,15 +191,17 @@ class Checkpointer:
         Raises:
             StageError: where there are checkpoints, and none is whole.
         """
-        found = _newest_whole(self.folder, self.layout.host_group)
+        found = newest_whole(self.folder, self.layout.host_group)
         if self.layout.rank == 0:
-            for left in self.folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        return None if found is None else self._restore(found)
+            remove_leftovers(self.folder)
+        if found is None:
+            return None
+        self._passed_over = [p for p in checkpoints(self.folder) if step_of(p) > step_of(found)]
+        return self._restore(found)
 
     @torch.no_grad()
     def _restore(self, checkpoint: Path) -> Progress:
-        stored = json.loads((checkpoint / PROGRESS).read_text())
+        progress, updates = _read_progress(checkpoint)
         for part in fragments(self.engine):
             for state in part.states.values():
                 state.zero_()
@@ -193,17 +213,12 @@ class Checkpointer:
             for name in generators.keys() & shapes.keys()
         }
         pieces += [Piece(name, tuple(s.shape), (0,), s) for name, s in states.items()]
-        try:
-            read_pieces(checkpoint, pieces, self.layout.host_group)
-        except ValueError as error:
-            raise StageError(
-                f"{checkpoint}: {error}; choose variant=NAME for another model, or force=true"
-            ) from error
+        read_pieces(checkpoint, pieces, self.layout.host_group)
         for name, state in states.items():
             generators[name].set_state(state)
-        set_adam_step(self.engine, stored.pop("adam_step"))
+        set_adam_step(self.engine, updates)
         refresh_weights(self.engine)
-        return Progress(**stored)
+        return progress
 
     def _to_write(self) -> Iterator[Piece]:
         first = self.layout.get_tensor_model_parallel_rank() == 0
@@ -243,150 +258,65 @@ class Checkpointer:
         """Write, check, rename; seconds. Runs on all ranks at once, in their writer threads."""
         started = time.perf_counter()
         group, lead = self.layout.checkpoint_group, self.layout.rank == 0
-        final = self.folder / f"step_{stored['step']:06d}"
+        final = checkpoint_path(self.folder, stored["step"])
         partial = final.with_name(final.name + PARTIAL)
         text = json.dumps(stored) + "\n"
-        _together(group, lead, lambda: _begin(partial, text), final)
         try:
-            write_pieces(partial, pieces, group)
-        except OSError as error:
-            if lead:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise _not_written(final, str(error)) from error
-        _together(group, lead, lambda: self._publish(partial, final), final)
+            on_lead(group, lambda: _begin(partial, text))
+            written = write_pieces(partial, pieces, group)
+            on_lead(group, lambda: publish(partial, final, written))
+        except (OSError, StageError) as error:
+            # By every rank, since each may see a folder of its own.
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, StageError):
+                raise
+            raise self._not_written(final, pieces, error) from error
+        if lead:
+            prune(final, self.keep_last, self._passed_over)
+        self._passed_over = []
         seconds = time.perf_counter() - started
         if lead:
             log.info("finetune: saved checkpoint=%s seconds=%.1f", final.name, seconds)
         return seconds
 
-    def _publish(self, partial: Path, final: Path) -> None:
-        try:
-            if final.exists():
-                _remove(final)
-            partial.rename(final)
-            pointer = self.folder / f"{LATEST}{PARTIAL}"
-            _write_synced(pointer, final.name + "\n")
-            pointer.replace(self.folder / LATEST)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in sorted(self.folder.glob("step_??????"))[: -self.keep_last]:
-            _remove(old)
-
-
-def _together(
-    group: dist.ProcessGroup, lead: bool, action: Callable[[], None], final: Path
-) -> None:
-    """The lead acts; where it could not, every rank raises the same StageError."""
-    failure: list[str | None] = [None]
-    if lead:
-        try:
-            action()
-        except OSError as error:
-            failure[0] = str(error)
-    dist.broadcast_object_list(failure, src=0, group=group)
-    if failure[0] is not None:
-        raise _not_written(final, failure[0])
-
-
-def _not_written(final: Path, cause: str) -> StageError:
-    return StageError(
-        f"{final}: the checkpoint could not be written ({cause}); free space or set outputs to "
-        "another disk, and run the same command again"
-    )
+    def _not_written(self, final: Path, pieces: list[Piece], error: OSError) -> StageError:
+        """What to raise on every rank; every rank calls it, since it counts their bytes."""
+        size = torch.tensor(sum(p.tensor.nbytes for p in pieces))
+        dist.all_reduce(size, group=self.layout.checkpoint_group)
+        kept = ", ".join(path.name for path in checkpoints(self.folder)) or "no checkpoint"
+        if error.errno not in NO_SPACE:
+            return StageError(
+                f"{final}: the checkpoint could not be written ({error.strerror or error}); {kept} "
+                "kept; mend the disk or set outputs to another one, and run the same command again"
+            )
+        free = shutil.disk_usage(self.folder).free
+        return StageError(
+            f"{final}: no space for the checkpoint ({error.strerror}): it takes "
+            f"{size.item() / 1e9:.3f} GB, {free / 1e9:.3f} GB are free there; {kept} kept. Free "
+            f"space for train.keep_last + 1 = {self.keep_last + 1} checkpoints, lower "
+            "train.keep_last, or move the outputs folder to another disk, and run the same command "
+            "again"
+        )
 
 
 def _begin(folder: Path, progress: str) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    _write_synced(folder / PROGRESS, progress)
+    write_synced(folder / PROGRESS, progress)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Under another name first: what is half removed is no checkpoint."""
-    going = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
-    shutil.rmtree(going, ignore_errors=True)
-    checkpoint.rename(going)
-    shutil.rmtree(going)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in the order to try them: the one that `latest` names, then older ones."""
-    found = sorted((path for path in folder.glob("step_??????")), reverse=True)
-    pointer = folder / LATEST
-    newest = pointer.read_text().strip() if pointer.exists() else ""
-    return [path for path in found if path.name <= newest or not (folder / newest).is_dir()]
-
-
-def saved_step(finetune: Path) -> int:
-    """The step of the newest checkpoint of a finetune folder; 0 where there is none."""
-    found = candidates(finetune / "checkpoints")
-    return int(found[0].name.removeprefix("step_")) if found else 0
-
-
-def _say_damaged(checkpoint: Path, wrong: list[str]) -> None:
-    log.warning(
-        "%s is damaged and left out (%s%s); trying the one before",
-        checkpoint,
-        wrong[0],
-        f" and {len(wrong) - 1} more" if len(wrong) > 1 else "",
-    )
-
-
-def _all_damaged(folder: Path) -> StageError:
-    return StageError(
-        f"{folder}: every checkpoint is damaged; restore one from a copy, or start again with "
-        "force=true"
-    )
-
-
-def _newest_whole(folder: Path, group: dist.ProcessGroup | None) -> Path | None:
-    """The newest checkpoint in `folder` whose checksums match; None where there is none at all.
-
-    The ranks of `group`, which all call it, share the reading; without a group one process reads.
-
-    Raises:
-        StageError: where there are checkpoints, and none is whole.
-    """
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    names = [[path.name for path in candidates(folder)]]
-    if group is not None:
-        dist.broadcast_object_list(names, src=0, group=group)
-    for name in names[0]:
-        found = [list(faults(folder / name, rank, size))]
-        if group is not None:
-            mine, found = found[0], [[]] * size
-            dist.all_gather_object(found, mine, group=group)
-        wrong = [fault for each in found for fault in each]
-        if not wrong:
-            return folder / name
-        _say_damaged(folder / name, wrong)
-    if names[0]:
-        raise _all_damaged(folder)
-    return None
-
-
-def newest(finetune: Path, group: dist.ProcessGroup | None = None) -> Path:
-    """The newest whole checkpoint of a finetune folder, for readers alone.
-
-    Args:
-        group: ranks that all call it, and share the reading.
-
-    Raises:
-        StageError: where there is none.
-    """
-    found = _newest_whole(finetune / "checkpoints", group)
-    if found is None:
-        raise StageError(f"{finetune}: holds no checkpoint; run stage=finetune first")
-    return found
+def _read_progress(checkpoint: Path) -> tuple[Progress, float]:
+    """(Where the run stood, updates that AdamW had made)."""
+    try:
+        stored = json.loads((checkpoint / PROGRESS).read_text())
+        updates = float(stored.pop("adam_step"))
+        return Progress(**stored), updates
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise StageError(
+            f"{checkpoint / PROGRESS}: is not of a checkpoint that this program wrote ({error!r}); "
+            "take another checkpoint"
+        ) from error
 
 
 def read_weights(finetune: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -134,6 +135,14 @@ class Layout:
         found = torch.tensor(value)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
         return int(found)
+
+    def set_timeouts(self, seconds: float) -> None:
+        """Have every process group that there is, of whichever library, wait for so long.
+
+        Otherwise torch's, Megatron's and DeepSpeed's groups each have a limit of their own.
+        """
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
     # What DeepSpeed asks of a Megatron mpu, under the names it asks by.
 

@@ -18,6 +18,7 @@ from pipeline.progress import Reporter, pairs
 from pipeline.schema import TrainSection
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Checkpointer
+from pipeline.training.checkpoint_folder import saved_step
 from pipeline.training.engine import inner_optimizer, learning_rate
 from pipeline.training.guards import StepGuard, StopRequest
 from pipeline.training.layout import Layout
@@ -37,8 +38,12 @@ log = logging.getLogger("longgen.training")
 TRIGGER = "stop"
 # ... and this one once it has: torchrun's own exit code does not tell it from a failure.
 STOPPED = "stopped"
+# What a rank asks the others for where its save in the background has failed: above any signal.
+SAVE_FAILED = 1000
 # How many times train.hang_seconds what compiles kernels or writes to disk may take.
 LONG = 10
+# Seconds by which process groups wait longer than the watchdog, which needs up to 200 to end a run.
+MARGIN = 300
 
 
 class Trainer:
@@ -72,6 +77,9 @@ class Trainer:
         inner_optimizer(engine).refuses = lambda: self.guard.refuses(
             float(engine.optimizer._global_grad_norm)
         )
+        if train.hang_seconds:
+            # A group that gave up first would end its rank before it is known which one is behind.
+            layout.set_timeouts(LONG * train.hang_seconds + MARGIN)
         self.watchdog = Watchdog(train.hang_seconds, layout.rank, layout.size, layout.store, folder)
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, Batch]:
@@ -189,7 +197,9 @@ class Trainer:
         """A checkpoint of where the run stands."""
         self._beat(f"step {step}: saving", long=True)
         run_id = self.metrics.run_id if self.metrics else None
-        at = checkpoint.Progress(step, consumed, run_id, self.guard.state())
+        at = checkpoint.Progress(
+            step, consumed, run_id, self.guard.state(), of_steps=self.train.steps
+        )
         blocked = self.checkpointer.save(at)
         log.info("finetune: saving step=%d blocked_seconds=%.2f", step, blocked)
 
@@ -199,6 +209,7 @@ class Trainer:
         Raises:
             StageStopped: a signal came to a rank, or the trigger file: the step was finished and
                 saved.
+            StageError: a save failed; noticed after the step at whose end a rank knew.
         """
         with self.watchdog, self.reporter:
             try:
@@ -243,7 +254,11 @@ class Trainer:
                 if step % self.train.validate_every == 0 or step == last:
                     self.validate(step)
                 self._beat(f"step {step}: asking all ranks whether to stop")
-                stopping = self.layout.largest(stop.wanted())
+                failed = self.checkpointer.failed
+                stopping = self.layout.largest(SAVE_FAILED if failed else stop.wanted())
+                if stopping == SAVE_FAILED:
+                    # Raises on every rank what has happened.
+                    self.checkpointer.wait()
                 if step % self.train.save_every == 0 or step == last or stopping:
                     self.save(step, consumed)
                 if stopping:
@@ -257,7 +272,7 @@ class Trainer:
     def _acknowledge(self) -> None:
         """Say at once that a signal has come, while the step goes on."""
         if self.layout.rank == 0:
-            lost = self.current - checkpoint.saved_step(self.folder)
+            lost = self.current - saved_step(self.folder)
             steps = "1 step" if lost == 1 else f"{lost} steps"
             message = "finetune: saving after this step; press Ctrl-C again to stop now, losing %s"
             log.warning(message, steps)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from pipeline import runner
 from pipeline.changes import changed_files, changed_keys
 from pipeline.console_log import log_to_terminal
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
-from pipeline.schema import CHAIN
+from pipeline.schema import CHAIN, TrainSection
 from pipeline.stages import finetune
 from pipeline.validation import parse
 from tests.pipeline.fake_stages import raising
@@ -474,3 +474,53 @@ def test_more_gpus_than_the_machine_shows(monkeypatch):
     runner.refuse_processes(shared, ("finetune",), runner.Team())
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
     runner.refuse_processes(config, ("finetune",), runner.Team())
+
+
+@pytest.fixture
+def of_steps(stages):
+    """The fake finetune depends on train.steps, and may grow in them as the real one."""
+    module = stages.modules["finetune"]
+    module.depends_on = finetune.depends_on
+    module.lengthens = finetune.lengthens
+
+    def continue_finished(final, out):
+        shutil.copy(final / "work", out)
+
+    module.continue_finished = continue_finished
+    return stages
+
+
+def test_a_finished_run_goes_on_where_train_steps_grow(of_steps, at, capsys):
+    assert run(capsys, at.outputs, "train.steps=10")[0] == 0
+    assert refused(capsys, at.outputs, "train.steps=8").endswith("force=true to redo it")
+    shutil.rmtree(at.run / "export")
+    remedy = refused(capsys, at.outputs, "train.steps=20", "stage=export")
+    assert remedy.endswith("or redo it first by stage=finetune")
+    of_steps.acts["finetune"] = raising(MemoryError())
+    with pytest.raises(MemoryError):
+        run(capsys, at.outputs, "train.steps=20")
+    del of_steps.acts["finetune"]
+    # The shorter run stays until the longer one is done.
+    assert run(capsys, at.outputs, "stage=finetune", "train.steps=10")[0] == 0
+    assert written(at.run / "finetune") == 1
+    for steps in ("train.steps=30", "train.steps=30"):
+        assert run(capsys, at.outputs, "stage=finetune", steps)[0] == 0
+        assert written(at.run / "finetune") == 3
+    manifest = json.loads((at.run / "finetune/manifest.json").read_text())
+    assert manifest["config"]["train"]["steps"] == 30
+    assert not list(at.run.glob("finetune.*"))
+
+
+@pytest.mark.parametrize("key", ["train.lr=1e-5", "data.seq_length=512"])
+def test_a_finished_run_with_more_steps_and_another_change_is_refused(of_steps, at, capsys, key):
+    assert run(capsys, at.outputs, "train.steps=10")[0] == 0
+    changed = (at.outputs, "train.steps=20", key)
+    assert run(capsys, *changed, "stage=data_prep")[0] == 0
+    assert "was made with another configuration" in refused(capsys, *changed, "stage=finetune")
+    assert written(at.run / "finetune") == 1
+
+
+def test_every_key_of_train_says_whether_it_may_change_on_resume():
+    assert finetune.ON_RESUME.keys() == {field.name for field in fields(TrainSection)}
+    assert finetune.ON_RESUME["lr"] == finetune.FIXED
+    assert finetune.ON_RESUME["save_every"] == finetune.FREE

@@ -21,6 +21,7 @@ GOOD = {
     "driver": "5",
     "in node": 4e11,
     "together": 5e10,
+    "unseen": [],
 }
 # Joins a process group of its own over the launcher's store: nothing of the pre-flight is left.
 WORK = """
@@ -119,6 +120,10 @@ def ranks(**changed):
         ({"driver": "4"}, "n2: driver 4, but 5 on n1; all must be alike: submit with --exclude=n2"),
         ({"torch": "1"}, "n2: torch 1, but 2 on n1"),
         ({"gpu": "A100"}, "n2: gpu A100, but H100 on n1"),
+        (
+            {"unseen": [0, 1]},
+            "n2: does not see what n1 wrote into the run's folder, which",
+        ),
         ({"in node": 3e9}, "n2: 3.0 GB/s between its ranks, 20 at least; submit with --exclude=n2"),
     ],
 )
@@ -137,7 +142,7 @@ def test_alike_nodes_have_no_faults_and_a_slow_network_is_everyones(preflight):
     assert line.startswith("all nodes: 0.1 GB/s, 1 at least; NCCL may have taken the wrong network")
 
 
-def test_gloo_that_finds_no_network_is_told(preflight, monkeypatch):
+def test_gloo_that_finds_no_network_is_told(preflight, tmp_path, monkeypatch):
     """Saves and votes to stop use it; NCCL, which is tried too, has a network of its own."""
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
     for key, value in environment.items() | {("MASTER_ADDR", "127.0.0.1")}:
@@ -154,8 +159,17 @@ def test_gloo_that_finds_no_network_is_told(preflight, monkeypatch):
 
     monkeypatch.setattr(preflight.dist, "new_group", new_group)
     with pytest.raises(preflight.Unfit, match=r"gloo.*GLOO_SOCKET_IFNAME.*address for: nothing0"):
-        preflight.meet({}, "cuda")
+        preflight.meet({}, "cuda", tmp_path)
     assert joined == [("nccl",)]
+
+
+def test_marks_of_ranks_on_another_disk_are_not_seen(preflight, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "SEEN_WITHIN", 0.1)
+    marks = [tmp_path / name for name in "abc"]
+    marks[1].touch()
+    assert preflight.unseen(marks) == [0, 2]
+    marks[0].touch(), marks[2].touch()
+    assert preflight.unseen(marks) == []
 
 
 def test_what_hangs_is_ended_and_named(preflight, rank, capsys, monkeypatch):

@@ -17,9 +17,9 @@ from model.loss import IGNORED
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
 from pipeline.report_page import Section, Table
 from pipeline.schema import WandbSection
-from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Progress
-from pipeline.training.engine import inner_optimizer, learning_rate
+from pipeline.training.checkpoint import Progress, read_weights
+from pipeline.training.checkpoint_folder import newest
+from pipeline.training.engine import adam_step, fragments, inner_optimizer, learning_rate
 from pipeline.training.loader import collate
 from pipeline.training.metrics import Metrics, PositionLosses
 from pipeline.wandb_run import log_report, open_run
@@ -89,6 +89,17 @@ def test_steps_equal_plain_pytorch(layout, tmp_path):
         assert_close_by_norm(grad_norm, norm, 1e-4)
 
 
+def test_a_finished_run_of_fewer_steps_goes_on_as_the_longer_one(layout, tmp_path):
+    whole, grown = tmp_path / "whole", tmp_path / "grown"
+    whole.mkdir(), grown.mkdir()
+    train_whole(whole, lr_schedule="constant", steps=6)
+    train_whole(grown, lr_schedule="constant", steps=4)
+    trainer, start = make_trainer(grown, lr_schedule="constant", steps=6)
+    assert (start.step, start.of_steps) == (4, 4)
+    trainer.run(start)
+    assert train_losses(grown) == train_losses(whole)
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -127,7 +138,7 @@ def test_killed_and_resumed_is_never_stopped(layout, tmp_path, kind):
     assert (start.step, start.rows_consumed) == (2, 8)
     again.run(start)
     assert train_losses(broken) == train_losses(whole)
-    ends = [dict(checkpoint.read_weights(f)) for f in (whole, broken)]
+    ends = [dict(read_weights(f)) for f in (whole, broken)]
     names = {name for name, _ in dying.engine.module.named_parameters()}
     assert ends[0].keys() == ends[1].keys() == names
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -177,7 +188,7 @@ def test_a_signal_is_acknowledged_and_saves_at_the_step_edge(
     assert re.search(r" loss=\d\.\d{4} .* tokens_per_second=\d+ eta_seconds=\d+$", line)
     (line,) = [m for m in caplog.messages if m.startswith("finetune: validation step=0 ")]
     assert re.search(r" loss=\d\.\d{4} rows=3 seconds=", line)
-    assert checkpoint.newest(tmp_path).name == "step_000003"
+    assert newest(tmp_path).name == "step_000003"
 
 
 def test_a_file_saves_and_stops_at_the_step_edge_and_is_gone(layout, tmp_path):
@@ -193,7 +204,7 @@ def test_a_file_saves_and_stops_at_the_step_edge_and_is_gone(layout, tmp_path):
     with pytest.raises(StageStopped) as stopped:
         trainer.run(start)
     assert stopped.value.exit_code == STOPPED_BY_FILE
-    assert checkpoint.newest(tmp_path).name == "step_000003"
+    assert newest(tmp_path).name == "step_000003"
     assert not (tmp_path / "stop").exists()
     # What tells it from a failure, for those who see torchrun's exit code alone.
     assert (tmp_path / "stopped").exists()
@@ -215,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(layout, tmp_path):
 
 
 def masters(trainer):
-    parts = [part.states["master"] for part in checkpoint.fragments(trainer.engine)]
+    parts = [part.states["master"] for part in fragments(trainer.engine)]
     return torch.cat(parts).clone()
 
 
@@ -271,7 +282,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_where_asked(
     trainer.run(start)
     assert seen == [(None, False), ("gradient norm is inf", True), (None, False)]
     assert trainer.guard.skipped == 1
-    assert checkpoint.adam_step(trainer.engine) == 2
+    assert adam_step(trainer.engine) == 2
     again, start = make_trainer(
         tmp_path, zero_stage=zero_stage, precision=precision, non_finite="skip", steps=4
     )
@@ -344,7 +355,7 @@ def test_losses_by_position_are_of_the_document():
 def test_metrics_of_steps_to_be_repeated_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{"st')
-    Metrics(tmp_path, WandbSection(mode="disabled"), "test", {}, checkpoint.Progress(2, 8)).close()
+    Metrics(tmp_path, WandbSection(mode="disabled"), "test", {}, Progress(2, 8)).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -388,7 +399,7 @@ def test_one_offline_wandb_run_is_one_store_with_every_step_once(tmp_path, caplo
     first = train(None, [1, 2, 3])
     # Killed: close() writes nothing more to metrics.jsonl. The last checkpoint is that of step 2.
     first.close()
-    second = train(checkpoint.Progress(2, 8, first.run_id), [3, 4])
+    second = train(Progress(2, 8, first.run_id), [3, 4])
     assert second.run_id == first.run_id
     second.close()
     with caplog.at_level(logging.INFO, "longgen.wandb"):

@@ -121,3 +121,63 @@ def saving(layout, folder):
     from pipeline.training.checkpoint import Progress
 
     trainer.run(Progress(0, 0))
+
+
+def in_own_folders(folder, loads):
+    """What a start, or else a save, says where each rank sees a folder of its own."""
+    from pipeline.manifest import StageError
+    from pipeline.training import checkpoint_folder
+    from pipeline.training.checkpoint import Progress
+
+    checkpoint_folder.SEEN_WITHIN = 0.1
+    trainer, _ = trainer_of({"world": 2, "zero_stage": 1}, folder)
+    own = Path(folder) / f"disk_{trainer.layout.rank}"
+    trainer.checkpointer.folder = own / "checkpoints"
+    try:
+        if loads:
+            checkpoint_folder.check_shared(own, trainer.layout.host_group)
+        else:
+            trainer.checkpointer.save(Progress(2, 8))
+            trainer.checkpointer.wait()
+    except StageError as error:
+        return str(error), [str(path.name) for path in own.glob("checkpoints/*")]
+
+
+@pytest.mark.parametrize("loads", [True, False], ids=["start", "save"])
+def test_an_outputs_folder_of_each_node_by_itself_is_refused(loads, tmp_path):
+    (first, left), (second, others) = run_world(2, in_own_folders, str(tmp_path), loads)
+    words = "does not see what rank 0 on" if loads else "does not see 4 of the 11 files that the"
+    assert words in first and "set outputs to a folder that all nodes share" in first
+    assert second.replace("disk_1", "disk_0") == first
+    assert left == others == []
+
+
+def group_limits(folder, seconds):
+    """Seconds that each process group waits once a run is built, and what it must exceed.
+
+    One group more is made for half of `seconds`; rank 1 comes to it `seconds` late.
+    """
+    import time
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from pipeline.training.loop import LONG
+
+    trainer, _ = trainer_of({"world": 2, "zero_stage": 3}, folder, hang_seconds=7)
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) > 4
+    cpu = torch.device("cpu")
+    limits = [group._get_backend(cpu).options._timeout.total_seconds() for group in groups]
+    late = dist.new_group(timeout=timedelta(seconds=seconds / 2))
+    trainer.layout.set_timeouts(60)
+    if trainer.layout.rank == 1:
+        time.sleep(seconds)
+    dist.all_reduce(torch.ones(()), group=late)
+    return limits, LONG * 7 + 8 * trainer.watchdog.grace
+
+
+def test_process_groups_wait_longer_than_the_watchdog_in_its_slowest_phase(tmp_path):
+    for limits, longest in run_world(2, group_limits, str(tmp_path), 0.6):
+        assert min(limits) > longest
