@@ -7,7 +7,6 @@ Rank 0 then decides, as a process alone does, and the others follow.
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import logging
@@ -29,6 +28,7 @@ from model.weights import WeightsError
 from pipeline.advice import advice
 from pipeline.changes import describe_changes
 from pipeline.console_log import NAME, console_log, log_to_terminal
+from pipeline.locks import Locked, lock
 from pipeline.manifest import (
     StageContext,
     StageError,
@@ -272,20 +272,18 @@ class Runner:
     @contextmanager
     def _lock(self, stage: str) -> Iterator[None]:
         final = self.folder(stage)
-        locks = self.root / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        name = str(final.relative_to(self.root)).replace("/", "--")
-        with (locks / name).open("w") as lock:
+        path = self.root / ".locks" / str(final.relative_to(self.root)).replace("/", "--")
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(lock(path))
+            except Locked:
                 if getattr(stage_module(stage), "EXCLUSIVE", False):
                     raise StageError(
                         f"{final}: another process is at work there; wait until stage={stage} is "
                         "done, and run this again"
                     ) from None
                 log.info("%s: another process is at work in %s; waiting", stage, final)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                held.enter_context(lock(path, wait=True))
             yield
 
     def _current(self, stage: str) -> dict[str, Any] | None:
