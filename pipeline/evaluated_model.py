@@ -235,7 +235,7 @@ def load_model(name: str, context: StageContext) -> Any:
             folder, config=reduced(LongGenConfig.from_pretrained(folder), pattern), dtype=dtype
         )
     else:
-        model = _foreign(name, Path(config.eval.folders[name]).expanduser(), dtype, context.log)
+        model = _foreign(name, Path(config.eval.folders[name]), dtype, context.log)
     return model.to(config.device).eval()
 
 
@@ -266,7 +266,7 @@ def model_folder(name: str, context: StageContext) -> Path:
         return context.folder("fetch") / "model"
     if name in (FINAL, REDUCED):
         return context.folder("export")
-    return Path(context.config.eval.folders[name]).expanduser()
+    return Path(context.config.eval.folders[name])
 
 
 def model_config(name: str, context: StageContext) -> LongGenConfig:

@@ -42,7 +42,7 @@ def source_kind(source: str) -> str:
         return "folder"
     if path.is_file() and path.suffix == ".gguf":
         return "gguf"
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf"
+    looks_local = path.is_absolute() or source.startswith(".") or path.suffix == ".gguf"
     if HUB_ID.fullmatch(source) and not path.exists() and not looks_local:
         return "hub"
     found = "is neither a folder nor a .gguf file" if path.exists() else "is not there"
@@ -51,7 +51,7 @@ def source_kind(source: str) -> str:
 
 def local_path(source: str) -> Path:
     """Where a local source lies; one that is not below the working directory, in the repository."""
-    path = Path(source).expanduser()
+    path = Path(source)
     own = ROOT / path
     return own if not path.exists() and own.exists() else path
 
