@@ -15,7 +15,6 @@ from data_prep.sources import (
     DataError,
     Skips,
     Source,
-    fingerprint,
     list_files,
     plan_units,
 )
@@ -135,18 +134,6 @@ def test_seed_orders_files_and_keeps_them_all(tmp_path):
     assert plain == sorted(one) == sorted(two)
     assert plain != one != two
     assert one == again
-
-
-def test_fingerprint_sees_content_names_and_times(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("one")
-    source = Source("s", tmp_path)
-    first = fingerprint(source)
-    assert fingerprint(source) == first
-    os.utime(file, (1, 1))
-    second = fingerprint(source)
-    file.rename(tmp_path / "b.txt")
-    assert len({first, second, fingerprint(source)}) == 3
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
