@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import numpy as np
@@ -124,16 +125,22 @@ def write_index(prefix: Path, dtype: str, lengths: np.ndarray) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it: a file that is there is whole.
 
+    Several processes may write one file: the name is each one's own.
+
     Raises:
         DataError: on a full disk.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")
     with disk_errors(path):
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.rename(path)
+        try:
+            with partial.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 class IndexedReader(Sequence):

@@ -226,15 +226,6 @@ def kind_of(source: Source, name: str) -> str | None:
     return {".parquet": "parquet", ".arrow": "arrow"}.get(plain.suffix, "jsonl")
 
 
-def fingerprint(source: Source) -> str:
-    """16 hex digits over names, sizes and times of a source's files: changes when they do."""
-    total = hashlib.sha256()
-    for name in list_files(source):
-        status = (source.folder / name).stat()
-        total.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"))
-    return total.hexdigest()[:16]
-
-
 def plan_units(source: Source, seed: int | None, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """The units of a source, in the order in which its documents count.
 

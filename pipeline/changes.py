@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from pipeline.contents import SourceFiles
 from pipeline.schema import Config
 
 # Keys of the configuration, where a stage's manifest has other names for them.
@@ -54,7 +54,7 @@ def describe_changes(
     now: dict[str, Any],
     inputs: dict[str, str],
     config: Config,
-    module: Callable[[str], ModuleType],
+    source_files: Callable[[str, Config], dict[str, SourceFiles]],
 ) -> str:
     """In which keys and files a configuration differs from the one of a folder's manifest.
 
@@ -62,18 +62,23 @@ def describe_changes(
         old: the manifest of the folder.
         now: what the stage and each of those before it depends on, by their names.
         inputs: ids of the stages that it reads.
-        module: a stage's module, whose input_files(config) names files behind a key.
+        source_files: of a stage, the files outside the outputs that it reads.
     """
     before = old.get("upstream", {}) | {stage: old["config"]}
     lines: dict[str, None] = {}
     for name in (name for name in now if name in before):
-        files = getattr(module(name), "input_files", lambda config: {})(config)
-        for key, (was, wanted) in changed_keys(before[name], now[name]).items():
-            if files.get(key) and "started" in old:
-                lines[changed_files(files[key], old["started"])] = None
-            else:
-                shown = NAMES.get(key, f"{SECTIONS.get(name, '')}{key}")
-                lines[f"{shown}: {_short(was)} -> {_short(wanted)}"] = None
+        was, wanted = dict(before[name]), dict(now[name])
+        files, entries = wanted.pop("source_files", {}), was.pop("source_files", {})
+        if bool(files) != bool(entries):
+            lines[f"{name} is of an earlier version of this code"] = None
+            continue
+        for key, pair in changed_keys(was, wanted).items():
+            shown = NAMES.get(key, f"{SECTIONS.get(name, '')}{key}")
+            lines[f"{shown}: {_short(pair[0])} -> {_short(pair[1])}"] = None
+        for key in files.keys() & entries.keys():
+            if files[key]["content"] != entries[key]["content"]:
+                since = old.get("started", 0)
+                lines[changed_files(source_files(name, config)[key].paths(), since)] = None
     if not lines:
         # Manifests of earlier versions do not hold what was upstream.
         changed = changed_keys(old["inputs"], inputs)

@@ -21,7 +21,7 @@ from model.config import describe_schedule
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from pipeline.hf_folder import load_source, longgen_config
 from pipeline.manifest import StageContext, StageError, digest, read_manifest
-from pipeline.model_source import read_config
+from pipeline.model_source import read_config, with_weights
 from pipeline.prompts import end_tokens
 from pipeline.schema import Config
 
@@ -215,16 +215,15 @@ def load_model(name: str, context: StageContext) -> Any:
     dtype = dtype_of(config)
     transformers_logging.disable_progress_bar()
     if name == BASE:
-        folder = context.folder("fetch") / "model"
+        folder = model_folder(name, context)
         return load_source(folder, dtype, config.device, config.model.allow_pickle)
     if name == FINAL:
         model = LongGenForCausalLM.from_pretrained(context.folder("export"), dtype=dtype)
         return model.to(config.device).eval()
     pattern = Pattern(**asdict(config.pattern))
     if name == BASE_REDUCED:
-        model = load_source(
-            context.folder("fetch") / "model", dtype, "cpu", config.model.allow_pickle
-        )
+        folder = model_folder(name, context)
+        model = load_source(folder, dtype, "cpu", config.model.allow_pickle)
         weights = model.state_dict()
         model = LongGenForCausalLM(reduced(model.config, pattern)).to(dtype)
         model.load_state_dict(weights)
@@ -234,7 +233,7 @@ def load_model(name: str, context: StageContext) -> Any:
             folder, config=reduced(LongGenConfig.from_pretrained(folder), pattern), dtype=dtype
         )
     else:
-        model = _foreign(name, Path(config.eval.folders[name]).expanduser(), dtype, context.log)
+        model = _foreign(name, Path(config.eval.folders[name]), dtype, context.log)
     return model.to(config.device).eval()
 
 
@@ -264,10 +263,10 @@ def _foreign(name: str, folder: Path, dtype: torch.dtype, log: logging.Logger) -
 def model_folder(name: str, context: StageContext) -> Path:
     """Where the weights of a name in eval.models lie."""
     if name in (BASE, BASE_REDUCED):
-        return context.folder("fetch") / "model"
+        return with_weights(context.folder("fetch") / "model")
     if name in (FINAL, REDUCED):
         return context.folder("export")
-    return Path(context.config.eval.folders[name]).expanduser()
+    return Path(context.config.eval.folders[name])
 
 
 def model_config(name: str, context: StageContext) -> LongGenConfig:

@@ -6,14 +6,13 @@ continue_finished(finished, out), which fills `out` with what finished work goes
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.manifest import read_manifest
+from pipeline.manifest import DamagedRecord, read_manifest, read_record, write_record
 
 log = logging.getLogger("longgen")
 
@@ -42,27 +41,22 @@ def begin_longer(
     Returns:
         Whether it did.
     """
-    if out.exists():
-        try:
-            old = json.loads((out / name).read_text())
-        except (OSError, ValueError):
-            return False
-    else:
-        old = read_manifest(final)
-    if old is None or not lengthens(module, old, record["config"], record["inputs"]):
+    left = out.exists() and any(out.iterdir())
+    try:
+        old = read_record(out / name) if left else read_manifest(final)
+    except DamagedRecord:
         return False
-    text = json.dumps(record, default=str) + "\n"
-    if out.exists():
-        new = out / f"{name}.new"
-        new.write_text(text)
-        new.replace(out / name)
+    if not old or not lengthens(module, old, record["config"], record["inputs"]):
+        return False
+    if left:
+        write_record(out / name, record)
         log.info("continuing what a shorter run left")
         return True
     new = out.with_name(f"{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     module.continue_finished(final, new)
-    (new / name).write_text(text)
+    write_record(new / name, record)
     new.rename(out)
     log.info("continuing the finished, shorter run %s, which stays until this one is done", final)
     return True

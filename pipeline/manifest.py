@@ -19,9 +19,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from data_prep.shards import write_whole
 from pipeline.schema import Config
 
 MANIFEST = "manifest.json"
+# What an unfinished folder is of: {"id", "forced", "config", "inputs", "upstream", "started"}.
+PARTIAL = "partial.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What asks a run to stop without a signal; no signal has this number.
 STOPPED_BY_FILE = os.EX_TEMPFAIL
@@ -30,6 +33,10 @@ PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed", "numpy", "tri
 
 class StageError(RuntimeError):
     """A stage cannot go on; the message names what is wrong and the remedy."""
+
+
+class DamagedRecord(StageError):
+    """A file that says what a folder holds is there, and is no JSON object."""
 
 
 class StageStopped(Exception):
@@ -89,12 +96,48 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a finished folder; None where there is none that can be read."""
+def stage_id(stage: str, depends_on: dict[str, Any], inputs: dict[str, str]) -> str:
+    """16 hex digits that name what a stage makes: of its values, the content of its source files
+    (see pipeline.contents) and the ids of its inputs."""
+    if "source_files" in depends_on:
+        contents = {name: e["content"] for name, e in depends_on["source_files"].items()}
+        depends_on = {**depends_on, "source_files": contents}
+    return digest([stage, depends_on, inputs])
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None only where there is no file.
+
+    Raises:
+        DamagedRecord: where it is no JSON object.
+        StageError: where the file system does not give it.
+    """
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise StageError(
+            f"{path}: cannot be read ({error.strerror}); nothing was changed; run again when the "
+            "file system gives it"
+        ) from error
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DamagedRecord(
+            f"{path}: is no JSON object; restore it, or run the stage of its folder with force=true"
+        )
+    return found
+
+
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object so that the file holds the old one or the new one at any time."""
+    write_whole(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished folder; None where there is none. Raises as read_record does."""
+    return read_record(folder / MANIFEST)
 
 
 def versions() -> dict[str, str]:
@@ -127,14 +170,14 @@ def finish(
         "config": depends_on,
         "inputs": inputs,
         "upstream": upstream,
-        "id": digest([stage, depends_on, inputs]),
+        "id": stage_id(stage, depends_on, inputs),
         "versions": versions(),
         "counts": counts,
         "started": started,
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+    write_record(out / MANIFEST, manifest)
     if final.exists():
         old = final.with_name(final.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

@@ -42,7 +42,7 @@ def source_kind(source: str) -> str:
         return "folder"
     if path.is_file() and path.suffix == ".gguf":
         return "gguf"
-    looks_local = path.is_absolute() or source.startswith((".", "~")) or path.suffix == ".gguf"
+    looks_local = path.is_absolute() or source.startswith(".") or path.suffix == ".gguf"
     if HUB_ID.fullmatch(source) and not path.exists() and not looks_local:
         return "hub"
     found = "is neither a folder nor a .gguf file" if path.exists() else "is not there"
@@ -51,7 +51,7 @@ def source_kind(source: str) -> str:
 
 def local_path(source: str) -> Path:
     """Where a local source lies; one that is not below the working directory, in the repository."""
-    path = Path(source).expanduser()
+    path = Path(source)
     own = ROOT / path
     return own if not path.exists() and own.exists() else path
 
@@ -73,6 +73,21 @@ def read_config(folder: Path) -> ModelConfig:
             f"{path}: cannot be read as JSON ({error}); set model.source to a Hugging Face folder, "
             "or fetch the model again with stage=fetch force=true"
         ) from error
+
+
+def with_weights(folder: Path) -> Path:
+    """The folder itself, where all weights that it links to are there.
+
+    Raises:
+        StageError: where a local model was removed after stage=fetch.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise StageError(
+                f"{path.readlink()}: the model's weights are no longer there; put them back, or "
+                "set model.source to the folder where they are"
+            )
+    return folder
 
 
 def shape_of(model: ModelConfig) -> dict[str, int | float | bool]:

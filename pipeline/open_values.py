@@ -1,8 +1,11 @@
-"""Defaults that depend on other values: the model's shape, the run's name, lengths in tokens."""
+"""Values that others decide: ~ in paths, the model's shape, the run's name, lengths in tokens."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 from pipeline.manifest import StageError
 from pipeline.model_source import fill_shape
@@ -14,6 +17,37 @@ BUCKETS = 16
 # Needles are tried at a row's whole length and these parts of it, down to so many tokens.
 PARTS = (8, 4, 2, 1)
 SHORTEST_NEEDLE = 256
+HOME = re.compile(r"~[\w.-]*(/|$)")
+# Text, in which ~ is a character.
+TEXT = ("prompt", "where")
+
+
+def expand_home(config: Config) -> None:
+    """Replace ~ and ~USER at the start of every path; shells leave most of them as they are.
+
+    Raises:
+        StageError: where there is no such user.
+    """
+    _expanded(config, "")
+
+
+def _expanded(value: Any, key: str) -> Any:
+    """The value, changed in place where it holds others."""
+    if is_dataclass(value):
+        for field in fields(value):
+            if field.name not in TEXT:
+                new = _expanded(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+                setattr(value, field.name, new)
+    elif isinstance(value, dict):
+        value |= {name: _expanded(item, f"{key}.{name}") for name, item in value.items()}
+    elif isinstance(value, list):
+        value[:] = [_expanded(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    elif isinstance(value, str) and HOME.match(value):
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError as error:
+            raise StageError(f"{key}={value!r}: {error}; set it to an absolute path") from error
+    return value
 
 
 def fill_open_values(config: Config) -> None:

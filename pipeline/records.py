@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import write_whole
 from pipeline.manifest import StageError
 
 Record = dict[str, Any]
@@ -98,11 +99,8 @@ def _whole_samples(path: Path) -> dict[tuple[str, str, str], list[Record]]:
 
 
 def _write_whole(path: Path, samples: dict[tuple[str, str, str], list[Record]]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as stream:
-        for records in samples.values():
-            stream.write("".join(json.dumps(record) + "\n" for record in records))
-    partial.replace(path)
+    lines = [json.dumps(record) + "\n" for records in samples.values() for record in records]
+    write_whole(path, "".join(lines).encode())
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,12 @@ Rank 0 then decides, as a process alone does, and the others follow.
 
 from __future__ import annotations
 
-import fcntl
-import importlib
-import json
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,20 +22,19 @@ from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
 from pipeline.advice import advice
-from pipeline.changes import describe_changes
 from pipeline.console_log import NAME, console_log, log_to_terminal
-from pipeline.longer_run import begin_longer, lengthens
+from pipeline.locks import Locked, lock
 from pipeline.manifest import (
+    PARTIAL,
     StageContext,
     StageError,
     StageStopped,
-    digest,
     disk_errors,
     finish,
     read_manifest,
 )
-from pipeline.schema import CHAIN, Config
-from pipeline.schema_of_eval import task_packages
+from pipeline.schema import Config
+from pipeline.stage_folders import StageFolders, stages_of, trait
 from pipeline.team import NOTICE, RankFailed, Team, launched
 from pipeline.validation import ConfigError, parse
 from pipeline.workers import INTERRUPTED, USER_ERROR, WorkersEnded, run_workers
@@ -49,48 +43,17 @@ log = logging.getLogger("longgen")
 
 # What a user can mend: said in one line, without a traceback.
 USER_ERRORS = (ConfigError, StageError, DataError, MappingError, WeightsError)
-# Stages whose results controls, seeds and ablations share.
-SHARED = ("fetch", "fetch_tasks", "data_prep", "convert")
-PARTIAL = "partial.json"
-
-
-def stage_module(stage: str) -> ModuleType:
-    """A stage's module: INPUTS (names, or a function of the configuration), depends_on, run, and
-    perhaps check."""
-    return importlib.import_module(f"pipeline.stages.{stage}")
-
-
-def stage_inputs(stage: str, config: Config) -> tuple[str, ...]:
-    """Names of the stages whose folders this one reads under this configuration."""
-    inputs = stage_module(stage).INPUTS
-    return inputs(config) if callable(inputs) else inputs
-
-
-def _another(stage: str) -> str:
-    """The key that gives the stage another folder."""
-    return getattr(stage_module(stage), "ANOTHER", "variant=NAME")
-
-
-def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages that the configuration names, in order."""
-    stages = CHAIN if config.stage == "chain" else (config.stage,)
-    if config.export.source == "convert" and config.stage == "chain":
-        stages = tuple(stage for stage in stages if stage != "finetune")
-    if config.stage == "chain" and task_packages(config.eval):
-        stages = (stages[0], "fetch_tasks", *stages[1:])
-    return stages
 
 
 def is_distributed(stage: str) -> bool:
     """Whether the stage runs on every process of the configured world, and not on one."""
-    return getattr(stage_module(stage), "DISTRIBUTED", False)
+    return trait(stage, "DISTRIBUTED", False)
 
 
 def processes(stage: str, config: Config) -> int:
     """How many processes the stage runs on: the configured world, unless its module says another
     number."""
-    own = getattr(stage_module(stage), "processes", None)
-    if own is not None:
+    if own := trait(stage, "processes"):
         return own(config)
     return config.parallel.nodes * config.parallel.gpus_per_node if is_distributed(stage) else 1
 
@@ -133,125 +96,28 @@ def refuse_processes(config: Config, stages: Sequence[str], team: Team) -> None:
         )
 
 
-class Runner:
-    """The stages of one configuration."""
+class Runner(StageFolders):
+    """Runs the stages of one configuration."""
 
     def __init__(
         self, config: Config, team: Team | None = None, arguments: Sequence[str] = ()
     ) -> None:
         """`arguments`: what Python is given to start this run again, as one of several workers."""
-        self.config = config
+        super().__init__(config)
         self.team = team or Team()
         self.arguments = arguments
-        self.root = Path(config.outputs).absolute()
-        self._wanted: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {}
-
-    def wanted(self, stage: str) -> tuple[dict[str, Any], dict[str, str], str]:
-        """(what the stage depends on, ids of its inputs, its own id)."""
-        if stage not in self._wanted:
-            # Through JSON and back, as the manifest holds it.
-            depends_on = json.loads(
-                json.dumps(stage_module(stage).depends_on(self.config), default=str)
-            )
-            inputs = {name: self._input_id(name) for name in stage_inputs(stage, self.config)}
-            self._wanted[stage] = depends_on, inputs, digest([stage, depends_on, inputs])
-        return self._wanted[stage]
-
-    def _input_id(self, stage: str) -> str:
-        """The id that an input must have: of a stage that is read AS_RECORDED, the one it has."""
-        recorded = getattr(stage_module(stage), "AS_RECORDED", False)
-        manifest = read_manifest(self.folder(stage)) if recorded else None
-        if manifest is None or not self._same_inputs(stage, manifest):
-            return self.wanted(stage)[2]
-        return manifest["id"]
-
-    def _same_inputs(self, stage: str, manifest: dict[str, Any]) -> bool:
-        wanted = self.wanted(stage)[1]
-        both = wanted.keys() & manifest["inputs"].keys()
-        return all(wanted[name] == manifest["inputs"][name] for name in both)
-
-    def folder(self, stage: str) -> Path:
-        """Where the stage's finished folder lies, or will lie."""
-        if stage in SHARED:
-            return self.root / "artifacts" / stage / self.wanted(stage)[2]
-        named = getattr(stage_module(stage), "folder_name", None)
-        name = named(self.config) if named else stage
-        return self.root / self.config.name / self.config.variant / name
-
-    def partial(self, stage: str) -> Path:
-        """Where the stage is written before it is finished."""
-        final = self.folder(stage)
-        return final.with_name(final.name + ".partial")
 
     def after_stop(self, stage: str) -> str:
         """What the same command does where the stage was stopped before its end."""
-        module = stage_module(stage)
-        if not getattr(module, "RESUMABLE", False):
+        if not trait(stage, "RESUMABLE"):
             return f"{stage} saved nothing; the same command starts it again"
-        if not hasattr(module, "saved_step"):
+        saved_step = trait(stage, "saved_step")
+        if saved_step is None:
             return "the same command continues"
-        step = module.saved_step(self.partial(stage))
+        step = saved_step(self.partial(stage))
         if step == 0:
             return "no checkpoint was saved; the same command starts again from step 0"
         return f"the same command continues from step {step}"
-
-    def finished(self, stage: str) -> Path:
-        """The finished folder of an input; StageError where it is absent or of another config."""
-        folder = self.folder(stage)
-        manifest = read_manifest(folder)
-        if manifest is None:
-            raise StageError(f"{folder}: is missing; run stage={stage} first")
-        if manifest["id"] != self._input_id(stage):
-            longer = lengthens(stage_module(stage), manifest, *self.wanted(stage)[:2])
-            raise StageError(
-                f"{folder}: was made with another configuration "
-                f"({self._changes(stage, manifest)}); set that as it was, choose another "
-                f"variant=NAME, or redo it first by stage={stage}{'' if longer else ' force=true'}"
-            )
-        return folder
-
-    def _upstream(self, stage: str) -> dict[str, Any]:
-        """What every stage before this one depends on, by its name, in the order of the chain."""
-        found: dict[str, Any] = {}
-        for name in self.wanted(stage)[1]:
-            found |= self._upstream(name) | {name: self.wanted(name)[0]}
-        return found
-
-    def _changes(self, stage: str, old: dict[str, Any]) -> str:
-        """In which keys and files a folder's manifest differs from this configuration, in words."""
-        depends_on, inputs, _ = self.wanted(stage)
-        now = self._upstream(stage) | {stage: depends_on}
-        return describe_changes(old, stage, now, inputs, self.config, stage_module)
-
-    def _partial_folder(self, stage: str, log_: logging.Logger) -> Path:
-        """The folder to write in: what a killed run left of a resumable stage, or a new one."""
-        (depends_on, inputs, _), out = self.wanted(stage), self.partial(stage)
-        # A forced run that was stopped goes on by the same command; it drops only others' work.
-        own = {"config": depends_on, "inputs": inputs, "forced": self.config.force}
-        record = own | {"upstream": self._upstream(stage), "started": time.time()}
-        there = stage_module(stage), self.folder(stage), out, PARTIAL
-        if not self.config.force and begin_longer(*there, record):
-            return out
-        if out.exists():
-            try:
-                left = json.loads((out / PARTIAL).read_text())
-                same = all(left[key] == value for key, value in own.items())
-            except (OSError, json.JSONDecodeError, KeyError):
-                left, same = None, False
-            resumable = getattr(stage_module(stage), "RESUMABLE", False)
-            if resumable and same:
-                log_.info("continuing what an earlier run left")
-                return out
-            if resumable and left is not None and not self.config.force:
-                raise StageError(
-                    f"{out}: holds unfinished work of another configuration "
-                    f"({self._changes(stage, left) or 'it was begun with force=true'}); choose "
-                    f"{_another(stage)} for the new one, or force=true to drop the old"
-                )
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
-        (out / PARTIAL).write_text(json.dumps(record, default=str) + "\n")
-        return out
 
     def run(self, stage: str) -> dict[str, Any]:
         """Run one stage unless its finished folder still matches; its counts.
@@ -262,60 +128,38 @@ class Runner:
         if self.team.rank > 0:
             return self._follow(stage)
         size = processes(stage, self.config)
-        with self._lock(stage):
-            counts = self._current(stage)
+        final, counts = self.folder(stage), None
+        with self._lock(stage), disk_errors(final):
+            if manifest := self.current(stage):
+                log.info("%s: up to date, skipped (%s)", stage, final)
+                counts = manifest["counts"]
+                self.team.tell("decision", {"counts": counts})
+            self.remember()
             if counts is None and (launched() or size == 1):
                 counts = self._work(stage)
         return self._employ(stage, size) if counts is None else counts
 
     def check(self, stage: str) -> None:
         """Let the stage refuse what it has made, or found made, where this run cannot use it."""
-        if own := getattr(stage_module(stage), "check", None):
+        if own := trait(stage, "check"):
             own(self.config, self.folder(stage), logging.getLogger(f"longgen.{stage}"))
 
     @contextmanager
     def _lock(self, stage: str) -> Iterator[None]:
         final = self.folder(stage)
-        locks = self.root / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        name = str(final.relative_to(self.root)).replace("/", "--")
-        with (locks / name).open("w") as lock:
+        path = self.root / ".locks" / str(final.relative_to(self.root)).replace("/", "--")
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if getattr(stage_module(stage), "EXCLUSIVE", False):
+                held.enter_context(lock(path))
+            except Locked:
+                if trait(stage, "EXCLUSIVE"):
                     raise StageError(
                         f"{final}: another process is at work there; wait until stage={stage} is "
                         "done, and run this again"
                     ) from None
                 log.info("%s: another process is at work in %s; waiting", stage, final)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                held.enter_context(lock(path, wait=True))
             yield
-
-    def _current(self, stage: str) -> dict[str, Any] | None:
-        """Counts of the finished folder where it still matches; None where the stage must run.
-
-        Raises:
-            StageError: where the folder is another configuration's, or an input is missing.
-        """
-        force = self.config.force or getattr(stage_module(stage), "ALWAYS", False)
-        depends_on, inputs, wanted_id = self.wanted(stage)
-        final = self.folder(stage)
-        manifest = read_manifest(final)
-        if manifest and manifest["id"] == wanted_id and not force:
-            log.info("%s: up to date, skipped (%s)", stage, final)
-            self.team.tell("decision", {"counts": manifest["counts"]})
-            return manifest["counts"]
-        force |= bool(manifest) and lengthens(stage_module(stage), manifest, depends_on, inputs)
-        if manifest and not force and not getattr(stage_module(stage), "REMADE", False):
-            raise StageError(
-                f"{final}: was made with another configuration "
-                f"({self._changes(stage, manifest)}); choose {_another(stage)} to keep it, or "
-                "force=true to redo it"
-            )
-        for name in inputs:
-            self.finished(name)
-        return None
 
     def _work(self, stage: str) -> dict[str, Any]:
         """Run the stage into its partial folder, and rename that once every rank is done."""
@@ -324,14 +168,11 @@ class Runner:
         final = self.folder(stage)
         log.info("%s: starts", stage)
         started = time.time()
-        with disk_errors(final):
-            out = self._partial_folder(stage, stage_log)
-            self.team.tell("decision", {"out": str(out)})
-            context = self._context(out, stage_log)
-            counts = stage_module(stage).run(context)
-            self.team.meet("ran")
-            upstream = self._upstream(stage)
-            finish(out, final, stage, depends_on, inputs, upstream, counts, started)
+        out = self.partial_folder(stage, stage_log)
+        self.team.tell("decision", {"out": str(out)})
+        counts = trait(stage, "run")(self._context(out, stage_log))
+        self.team.meet("ran")
+        finish(out, final, stage, depends_on, inputs, self.upstream(stage), counts, started)
         # Not before: where the manifest cannot be written, the work can still be continued.
         (final / PARTIAL).unlink()
         self.team.tell("counts", counts)
@@ -352,7 +193,7 @@ class Runner:
         stage_log = logging.getLogger(f"longgen.{stage}")
         out = Path(decision["out"])
         with disk_errors(out):
-            stage_module(stage).run(self._context(out, stage_log))
+            trait(stage, "run")(self._context(out, stage_log))
         self.team.meet("ran")
         return self.team.hear("counts")
 
@@ -405,7 +246,7 @@ def _execute(composed: DictConfig, arguments: Sequence[str], files: ExitStack) -
         refuse_processes(config, stages, team)
         of = f", {team.size} processes" if team.size > 1 else ""
         told = config.name, config.variant, config.device, of
-        files.enter_context(console_log(runner.root / config.name / config.variant / NAME))
+        files.enter_context(console_log(runner.run_folder / NAME))
         log.info("experiment %s, variant %s, device %s%s", *told)
         for line in advice(config, stages, arguments):
             log.warning("%s", line)

@@ -10,7 +10,6 @@ Several may run at once, one per GPU, over the same folders. What follows `--` g
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import lzma
 import os
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.locks import Locked, lock
 from pipeline.manifest import versions
 from pipeline.records import by_step, read_records
 
@@ -111,12 +111,11 @@ class Sweep:
     @contextmanager
     def _claim(self, arm: Arm) -> Iterator[bool]:
         """Whether this process alone is at work on the arm; a process that dies gives it back."""
-        folder = self.outputs / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"sweep--{self.name}--{arm.name}").open("w") as lock:
+        path = self.outputs / ".locks" / f"sweep--{self.name}--{arm.name}"
+        with ExitStack() as held:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(lock(path))
+            except Locked:
                 yield False
             else:
                 yield True

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from kernels.pattern import Pattern
 from model.config import resolve_schedule
 from pipeline.manifest import StageError
-from pipeline.open_values import fill_open_values
+from pipeline.open_values import expand_home, fill_open_values
 from pipeline.planning.rates import GPUS
 from pipeline.refusals import MEANINGFUL_NAME, ConfigError, no_such_key
 from pipeline.refusals import at_least as _at_least
@@ -324,7 +324,7 @@ def parse(composed: DictConfig) -> Config:
         raise ConfigError(
             f"{error.full_key}: {reason}; --help shows its default; set it to a value of that type"
         ) from error
-    for check in (fill_open_values, *CHECKS):
+    for check in (expand_home, fill_open_values, *CHECKS):
         try:
             check(config)
         except ConfigError:

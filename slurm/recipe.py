@@ -17,9 +17,10 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 
 from model.cost import parameters  # noqa: E402
-from pipeline.manifest import digest, read_manifest  # noqa: E402
-from pipeline.runner import USER_ERRORS, Runner, stage_inputs, stages_of  # noqa: E402
+from pipeline.manifest import read_manifest, stage_id  # noqa: E402
+from pipeline.runner import USER_ERRORS, Runner  # noqa: E402
 from pipeline.schema import Config, register_defaults, section_shape  # noqa: E402
+from pipeline.stage_folders import stage_inputs, stages_of  # noqa: E402
 from pipeline.stages.finetune import hybrid_config  # noqa: E402
 from pipeline.validation import parse  # noqa: E402
 
@@ -47,7 +48,7 @@ def missing_parts(runner: Runner, stage: str, count: int) -> tuple[list[int], Pa
             of_part = {"eval": {**depends_on["eval"], "shard": shard}}
         else:
             of_part = {**depends_on, "shard": shard}
-        wanted = digest([stage, of_part, inputs])
+        wanted = stage_id(stage, of_part, inputs)
         folder = runner.folder(stage)
         if stage == "evaluate":
             folder = folder.with_name(f"{folder.name}_{number}of{count}")

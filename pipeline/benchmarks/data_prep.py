@@ -59,7 +59,7 @@ def measure(context: StageContext) -> tuple[dict[str, Any], int]:
         )
     rows = []
     for tokenizer in bench.tokenizers:
-        name, folder = tokenizer.name, Path(tokenizer.path).expanduser().absolute()
+        name, folder = tokenizer.name, Path(tokenizer.path).absolute()
         runs = {program: Runs() for program in (OURS, *PEERS)}
         for repeat in range(bench.repeats):
             for program, found in runs.items():

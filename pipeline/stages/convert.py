@@ -17,7 +17,7 @@ from model.mapping import megatron_to_hf_names, merge, split
 from model.weights import WeightFolder, write_weights
 from pipeline.hf_folder import compare_logits, read_model, same_bits
 from pipeline.manifest import StageContext, StageError
-from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config
+from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config, with_weights
 from pipeline.progress import track_tensors
 from pipeline.schema import Config
 
@@ -37,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
         StageError: on a checkpoint of another shape, missing or unexpected tensors.
         MappingError, WeightsError: on a model or a file that cannot be converted.
     """
-    source = context.folder("fetch") / "model"
+    source = with_weights(context.folder("fetch") / "model")
     check_shape(read_config(source), context.config.model, source, context.log)
     allow_pickle = context.config.model.allow_pickle
     model, weights, ignored = read_model(source, allow_pickle)

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,19 @@ from data_prep.pool import Pool
 from data_prep.readers import read_whole
 from data_prep.rows import TokenFiles, index_rows, plan_rows
 from data_prep.shards import IndexedWriter, disk_errors, token_dtype, write_whole
-from data_prep.sources import (
-    STDLIB,
-    DataError,
-    Skips,
-    Source,
-    fingerprint,
-    list_files,
-    other_splits,
-)
+from data_prep.sources import STDLIB, DataError, Skips, Source, list_files, other_splits
 from data_prep.tokenizer import Encoder, ModelTokenizer, load_tokenizer
 from data_prep.worker import CheckTask, HashTask, Setup
 from pipeline.advice import held_out_shortage
-from pipeline.manifest import StageContext, StageError, read_manifest
+from pipeline.contents import Entry, SourceFiles, look
+from pipeline.manifest import (
+    PARTIAL,
+    StageContext,
+    StageError,
+    read_manifest,
+    read_record,
+    stage_id,
+)
 from pipeline.packages import folder_name
 from pipeline.progress import track_parts
 from pipeline.schema import Config
@@ -54,32 +55,29 @@ AUDIT = "audit.json"
 
 
 def depends_on(config: Config) -> dict[str, Any]:
-    """The data section without what changes no result, and the state of source files that no
-    package holds."""
+    """The data section without what changes no result, such as where source_files lie."""
     data = asdict(config.data)
     for key in ("name", "data_root", "mixture", "mixtures", "workers", "engine"):
         del data[key]
     if config.data.shard is None:
         del data["shard"]
-    return {**data, "local_files": _local_files(config.data)}
+    avoided = data["decontaminate"]["sources"] if data["decontaminate"] else []
+    for source in (*data["sources"], *avoided):
+        if source["package"] is None:
+            del source["path"]
+    return data
 
 
-def input_files(config: Config) -> dict[str, list[Path]]:
-    """The files behind each key of depends_on that stands for files."""
-    return {
-        f"local_files.{source.name}": [source.folder / name for name in list_files(source)]
-        for source in _local_sources(config.data)
-    }
-
-
-def _local_files(data: DataSection) -> dict[str, str]:
-    """The state of each source's files that no package holds."""
-    return {source.name: fingerprint(source) for source in _local_sources(data)}
-
-
-def _local_sources(data: DataSection) -> list[Source]:
-    avoided = data.decontaminate.sources if data.decontaminate else []
-    return resolve_sources([*data.sources, *avoided], None)
+def source_files(config: Config) -> dict[str, SourceFiles]:
+    """The files of each source that no package holds."""
+    avoided = config.data.decontaminate.sources if config.data.decontaminate else []
+    sections = [*config.data.sources, *avoided]
+    local = [section for section in sections if section.package is None]
+    found = {}
+    for section, source in zip(local, resolve_sources(sections, None), strict=True):
+        place = {key: getattr(section, key) for key in ("path", "glob", "format", "split")}
+        found[source.name] = SourceFiles(place, source.folder, partial(list_files, source))
+    return found
 
 
 def resolve_sources(sections: list[SourceSection], packages: Path | None) -> list[Source]:
@@ -104,7 +102,7 @@ def resolve_sources(sections: list[SourceSection], packages: Path | None) -> lis
         if section.package is not None:
             path = packages / folder_name(section.package) / section.path.lstrip("/")
         elif section.path != STDLIB:
-            path = path.expanduser().absolute()
+            path = path.absolute()
         fields = (section.format, section.glob, section.field, section.weight, section.where)
         sources.append(Source(section.name, path, *fields, _needles(section), section.split))
     return sources
@@ -145,11 +143,12 @@ def run(context: StageContext) -> dict[str, Any]:
         f"tokenizer: {tokenizer.vocab_size:,} ids, <bos> {tokenizer.bos_id}; {workers} processes"
     )
     for left in out.iterdir():
-        if left.name not in ("units", "partial.json"):
+        if left.name not in ("units", PARTIAL):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     scratch = out / "scratch"
     scratch.mkdir()
-    files_before = _local_files(data)
+    record = read_record(out / PARTIAL) or {}
+    read = _look(context.config, record.get("config", {}).get("source_files", {}))
     setup = _setup(data, packages, tokenizer, scratch)
     shards = [] if shard else finished_shards(context)
     folders = [out / "units", *(folder / "units" for folder in shards)]
@@ -162,7 +161,7 @@ def run(context: StageContext) -> dict[str, Any]:
         )
         _take_in_what_is_there(corpus, pool, log)
         _tokenize(corpus, pool, log)
-        _refuse_changed_files(files_before, data, out)
+        _refuse_changed_files(read, context.config, out)
         if shard:
             shutil.rmtree(scratch)
             return _shard_counts(shard, corpus, log)
@@ -179,7 +178,7 @@ def run(context: StageContext) -> dict[str, Any]:
             if not mixture.ask_for_more():
                 break
             _tokenize(corpus, pool, log)
-            _refuse_changed_files(files_before, data, out)
+            _refuse_changed_files(read, context.config, out)
         counts = mixture.choose(log)
         packed = _write(context, mixture, tokenizer, setup.dtype, pool)
         files = sorted(path for path in out.iterdir() if path.suffix in (".bin", ".idx"))
@@ -227,17 +226,15 @@ def finished_shards(context: StageContext) -> list[Path]:
     Raises:
         StageError: where some are there, but of no n all.
     """
-    own = json.loads(json.dumps(depends_on(context.config), default=str))
-    partial = context.out / "partial.json"
-    inputs = json.loads(partial.read_text())["inputs"] if partial.exists() else None
+    own = read_record(context.out / PARTIAL)
     found: dict[int, dict[int, Path]] = {}
-    for folder in sorted(context.out.parent.iterdir()):
+    for folder in sorted(context.out.parent.iterdir()) if own else ():
         manifest = read_manifest(folder)
         if manifest is None or "shard" not in manifest["config"]:
             continue
         config = dict(manifest["config"])
         shard = Shard.parse(config.pop("shard"))
-        if config == own and inputs in (None, manifest["inputs"]):
+        if stage_id("data_prep", config, manifest["inputs"]) == own["id"]:
             found.setdefault(shard.count, {})[shard.number] = folder
     for count in sorted(found, reverse=True):
         if len(found[count]) == count:
@@ -331,14 +328,22 @@ def _tokenize(corpus: Corpus, pool: Pool, log: logging.Logger) -> None:
             told(done, min(1.0, parts))
 
 
-def _refuse_changed_files(before: dict[str, str], data: DataSection, out: Path) -> None:
+def _look(config: Config, known: dict[str, Entry]) -> dict[str, Entry]:
+    """What the sources' files hold now."""
+    return {
+        name: look(files, [known[name]] if name in known else [])
+        for name, files in source_files(config).items()
+    }
+
+
+def _refuse_changed_files(before: dict[str, Entry], config: Config, out: Path) -> None:
     """Drop the units of files that were changed between one unit of them and another.
 
     Raises:
         DataError: where one was.
     """
-    after = _local_files(data)
-    changed = [name for name in before if after[name] != before[name]]
+    after = _look(config, before)
+    changed = [name for name in before if after[name]["content"] != before[name]["content"]]
     if changed:
         shutil.rmtree(out / "units")
         raise DataError(

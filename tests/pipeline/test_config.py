@@ -229,3 +229,28 @@ def test_refused_before_any_work_from_another_folder(tmp_path):
     assert "error: data.seq_length: has no value" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_home_is_expanded_in_every_path_and_in_no_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    made = config(
+        "outputs='~/runs'",
+        "model.source='~/llama'",
+        "data.data_root='~'",
+        "data.sources=[{name: a, path: '${data.data_root}/a'}]",
+        "train.weights_from='~/runs/finetune'",
+        "+eval.folders.other='~/other'",
+        "eval.prose='~/prose'",
+        "generate.prompt='~/is home'",
+        "generate.prompt_file='~/prompt.txt'",
+        "benchmark.tokenizers=[{name: a, path: '~/a'}]",
+    )
+    assert (made.outputs, made.model.source) == ("/home/me/runs", "/home/me/llama")
+    assert made.data.sources[0].path == "/home/me/a"
+    assert made.train.weights_from == "/home/me/runs/finetune"
+    assert (made.eval.folders["other"], made.eval.prose) == ("/home/me/other", "/home/me/prose")
+    assert made.generate.prompt_file == "/home/me/prompt.txt"
+    assert made.generate.prompt == "~/is home"
+    assert made.benchmark.tokenizers[0].path == "/home/me/a"
+    with pytest.raises(ConfigError, match="outputs='~no-such-user/x': .*; set it to an absolute"):
+        config("outputs='~no-such-user/x'")

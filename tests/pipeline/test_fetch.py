@@ -1,5 +1,7 @@
 import json
 import logging
+import os
+import shutil
 import types
 from pathlib import Path
 
@@ -7,9 +9,12 @@ import huggingface_hub
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from data_prep.sources import DataError
 from model import gguf_import, random_llama
 from pipeline import packages
+from pipeline.contents import look
 from pipeline.manifest import StageContext, StageError
+from pipeline.model_source import read_config, with_weights
 from pipeline.schema import Config, ModelSection
 from pipeline.schema_of_data import DataSection, SourceSection
 from pipeline.stages import fetch
@@ -92,16 +97,79 @@ def test_random_model_with_too_small_a_vocabulary_is_refused(context):
         fetch.run(context)
 
 
-def test_local_folder_is_linked_and_not_copied(context, tmp_path, monkeypatch):
-    hf_folder(tmp_path / "llama")
+def content(config: Config) -> str:
+    return look(fetch.source_files(config)["model"])["content"]
+
+
+def test_weights_of_a_local_folder_are_linked_and_what_is_small_copied(
+    context, tmp_path, monkeypatch
+):
+    folder = hf_folder(tmp_path / "llama")
     monkeypatch.chdir(tmp_path)
     context.config.model.source = "./llama"
     counts = fetch.run(context)
-    assert (context.out / "model").resolve() == tmp_path / "llama"
-    before = fetch.depends_on(context.config)
-    assert counts["model"]["files"] == before["model"]["files"]
-    (tmp_path / "llama" / "model.safetensors").write_text("{ }")
-    assert fetch.depends_on(context.config) != before
+    model = context.out / "model"
+    assert counts["model"]["folder"] == str(folder)
+    assert (model / "model.safetensors").resolve() == folder / "model.safetensors"
+    assert with_weights(model) == model
+    shutil.rmtree(folder)
+    assert read_config(model).num_layers == 1 and (model / "tokenizer.json").is_file()
+    with pytest.raises(StageError, match=f"{folder}/model.safetensors: the model's weights are no"):
+        with_weights(model)
+
+
+def test_a_local_model_is_told_by_its_content(context, tmp_path):
+    """Neither its place nor times nor notes beside it count."""
+    folder = hf_folder(tmp_path / "llama")
+    context.config.model.source = str(folder)
+    before, wanted = content(context.config), fetch.depends_on(context.config)
+    (folder / "README.md").write_text("a note")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+    context.config.model.source = str(tmp_path / "moved")
+    assert (content(context.config), fetch.depends_on(context.config)) == (before, wanted)
+    (tmp_path / "moved/model.safetensors").write_text("[]")
+    assert content(context.config) != before
+
+
+def test_links_follow_a_model_that_was_moved(context, tmp_path):
+    """But not to other weights."""
+    folder, out = hf_folder(tmp_path / "llama"), context.out
+    context.config.model.source = str(folder)
+    files = {"source_files": {"model": look(fetch.source_files(context.config)["model"])}}
+    fetch.run(context)
+    (out / "manifest.json").write_text(json.dumps({"config": files}))
+    folder.rename(tmp_path / "moved")
+    fetch.relink(context.config, out)
+    assert not (out / "model/model.safetensors").exists()
+    context.config.model.source = str(tmp_path / "moved")
+    fetch.relink(context.config, out)
+    assert (out / "model/model.safetensors").resolve() == tmp_path / "moved/model.safetensors"
+    (tmp_path / "moved").rename(tmp_path / "llama")
+    (tmp_path / "llama/model.safetensors").write_text("[]")
+    context.config.model.source = str(folder)
+    with pytest.raises(StageError, match="holds other files than the model that .*run stage=fetch"):
+        fetch.relink(context.config, out)
+
+
+def test_a_download_whose_record_does_not_fit_is_not_made_again(context, monkeypatch):
+    made = []
+
+    def make(part):
+        part.mkdir(exist_ok=True)
+        made.append(sorted(path.name for path in part.iterdir()))
+        (part / "weights").write_text("much")
+        return {}
+
+    def full(path, value):
+        raise DataError(f"{path}: No space left on device; free space there")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError):
+        patched.setattr(fetch, "write_record", full)
+        fetch._once(context.out / "model", "spec", make, keep_partial=True)
+    fetch._once(context.out / "model", "spec", make, keep_partial=True)
+    assert made == [[], ["weights"]]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +201,7 @@ def test_incomplete_local_folder_is_refused(context, tmp_path, remove, message):
 def test_unknown_sources_are_refused_before_any_work(context, source, message):
     context.config.model.source = source
     with pytest.raises(StageError, match=f"{source!r}: {message}; must be a folder.*model.source"):
-        fetch.depends_on(context.config)
+        fetch.source_files(context.config)["model"].names()
 
 
 def test_gguf_file_and_package_are_imported(context, tmp_path, monkeypatch):
@@ -305,12 +373,12 @@ def test_continued_run_never_takes_one_source_for_another(context, tmp_path, unp
     context.config.model.source = str(hf_folder(tmp_path / "llama"))
     use_packages(context.config, "pypi:texts==2.0")
     fetch.run(context)
-    assert (context.out / "model").is_symlink()
+    assert (context.out / "model/model.safetensors").is_symlink()
     assert (context.out / "packages" / "texts" / "a.txt").read_text() == "pypi:texts==2.0"
     context.config.model.source = "random"
     use_packages(context.config)
     fetch.run(context)
-    assert not (context.out / "model").is_symlink()
+    assert not (context.out / "model/model.safetensors").is_symlink()
     assert (context.out / "model" / "tokenizer_config.json").exists()
     assert not list((context.out / "packages").iterdir())
     # The linked folder itself was left alone.

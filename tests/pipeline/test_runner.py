@@ -1,6 +1,7 @@
 """Skipped, redone, continued, refused: the runner on stages that take no time."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -8,8 +9,8 @@ import re
 import shutil
 import signal
 import threading
-import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -17,9 +18,10 @@ from safetensors import SafetensorError
 from data_prep.sources import DataError
 from model.mapping import MappingError
 from model.weights import WeightsError
-from pipeline import runner
+from pipeline import locks, runner, stage_folders
 from pipeline.changes import changed_files, changed_keys
 from pipeline.console_log import log_to_terminal
+from pipeline.contents import SourceFiles
 from pipeline.manifest import STOPPED_BY_FILE, StageError, StageStopped
 from pipeline.schema import CHAIN, TrainSection
 from pipeline.stages import finetune
@@ -60,7 +62,7 @@ def test_shared_stages_lie_under_artifacts_by_what_they_depend_on(stages, at, ca
     # What a package brings is fetched where a task wants it, and else not.
     assert stages.calls == [CHAIN[0], "fetch_tasks", *CHAIN[1:]]
     wanted = runner.Runner(runner.parse(composed(*asked)))
-    for stage in runner.SHARED:
+    for stage in stage_folders.SHARED:
         id_ = wanted.wanted(stage)[2]
         assert wanted.folder(stage) == at.root / "artifacts" / stage / id_
         assert (at.root / "artifacts" / stage / id_ / "manifest.json").exists()
@@ -125,10 +127,7 @@ def test_a_changed_input_makes_what_was_built_on_it_stale(stages, at, capsys):
 
 def test_a_changed_input_file_is_named(stages, at, capsys, tmp_path):
     """Also by a stage that read it through another one, and of a run that was not finished."""
-    text = tmp_path / "text.txt"
-    text.write_text("one")
-    stages.modules["fetch"].depends_on = lambda config: {"files": text.read_text()}
-    stages.modules["fetch"].input_files = lambda config: {"files": [text]}
+    text = reads_text(stages, tmp_path / "texts") / "a.txt"
     stages.acts["finetune"] = raising(StageError("no"))
     assert run(capsys, at.outputs)[0] == 2
     text.write_text("two")
@@ -148,6 +147,87 @@ def test_a_changed_input_file_is_named(stages, at, capsys, tmp_path):
     assert f"another configuration ({text} changed); set that as it was" in message
 
 
+def reads_text(stages, folder):
+    """Let fetch depend on a folder with one file, a.txt."""
+
+    def names():
+        if not folder.is_dir():
+            raise DataError(f"source mine: {folder} does not exist; set the source's path")
+        return sorted(path.name for path in folder.iterdir())
+
+    files = SourceFiles({"path": "texts"}, folder, names)
+    stages.modules["fetch"].source_files = lambda config: {"mine": files}
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    return folder
+
+
+def test_source_files_that_were_touched_are_the_same(stages, at, capsys, tmp_path):
+    """Nor do a copy without times and another place change anything."""
+    folder = reads_text(stages, tmp_path / "texts")
+    assert run(capsys, at.outputs)[0] == 0
+    os.utime(folder / "a.txt", (1, 1))
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and stages.calls == list(CHAIN), lines
+    moved = replace(stages.modules["fetch"].source_files(None)["mine"], root=tmp_path / "moved")
+    moved = replace(moved, place={"path": "moved"}, names=lambda: ["a.txt"])
+    shutil.copytree(folder, moved.root)
+    stages.modules["fetch"].source_files = lambda config: {"mine": moved}
+    assert run(capsys, at.outputs)[0] == 0 and stages.calls == list(CHAIN)
+    (moved.root / "a.txt").write_text("two")
+    assert f"another configuration ({moved.root}/a.txt changed)" in refused(capsys, at.outputs)
+
+
+def test_finished_stages_need_no_source_files(stages, at, capsys, tmp_path):
+    folder = reads_text(stages, tmp_path / "texts")
+    stages.acts["finetune"] = raising(StageStopped(signal.SIGTERM))
+    assert run(capsys, at.outputs)[0] == 143
+    shutil.rmtree(folder)
+    del stages.acts["finetune"]
+    # Training goes on, by the chain and alone; what was made is taken as it is.
+    code, lines = run(capsys, at.outputs, "stage=finetune")
+    assert code == 0 and not any("does not exist" in line for line in lines)
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and stages.calls == [*CHAIN[:4], *CHAIN[3:]]
+    assert f"fetch: source mine: {folder} does not exist; going by the content that was " in str(
+        lines
+    )
+    # Another run of the same outputs finds it by the finished folder.
+    assert run(capsys, at.outputs, "variant=two", "stage=finetune")[0] == 0
+    # Outputs that know nothing of the files need them.
+    message = refused(capsys, f"outputs={tmp_path}/new")
+    assert message == f"source mine: {folder} does not exist; set the source's path"
+
+
+def test_training_goes_on_with_the_text_that_it_began_with(stages, at, capsys, tmp_path):
+    """Another run that has looked at changed text does not matter; this one's own look does."""
+    folder = reads_text(stages, tmp_path / "texts")
+    stages.acts["finetune"] = raising(StageStopped(signal.SIGTERM))
+    assert run(capsys, at.outputs)[0] == 143
+    del stages.acts["finetune"]
+    (folder / "a.txt").write_text("two")
+    assert run(capsys, at.outputs, "variant=two")[0] == 0
+    code, lines = run(capsys, at.outputs, "stage=finetune")
+    assert code == 0 and "continuing what an earlier run left" in lines
+    assert stages.calls.count("fetch") == 2
+    os.utime(folder / "a.txt")
+    assert f"another configuration ({folder}/a.txt changed)" in refused(capsys, at.outputs)
+
+
+def test_outputs_that_were_moved_are_as_they_were(stages, at, capsys, tmp_path):
+    folder = reads_text(stages, tmp_path / "texts")
+    outputs = f"outputs={tmp_path}/one"
+    stages.acts["finetune"] = raising(StageStopped(signal.SIGTERM))
+    assert run(capsys, outputs)[0] == 143
+    del stages.acts["finetune"]
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "one")
+    shutil.rmtree(folder)
+    code, lines = run(capsys, f"outputs={tmp_path}/two")
+    assert code == 0 and "continuing what an earlier run left" in lines
+    assert stages.calls == [*CHAIN[:4], *CHAIN[3:]]
+
+
 @pytest.mark.parametrize("stage", ["finetune", "export"])
 def test_an_input_that_is_missing_names_the_stage_to_run(stages, at, capsys, stage):
     assert refused(capsys, at.outputs, f"stage={stage}").endswith("run stage=data_prep first") or (
@@ -164,24 +244,84 @@ def test_an_input_that_is_missing_names_the_stage_to_run(stages, at, capsys, sta
 
 def test_an_input_of_another_configuration_names_the_stage_to_run(stages, at, capsys):
     run(capsys, at.outputs)
-    (at.run / "export/manifest.json").unlink()
+    shutil.rmtree(at.run / "export")
     assert refused(capsys, at.outputs, "stage=export", "train.seed=9") == (
         f"{at.run}/finetune: was made with another configuration (train.seed: 1 -> 9); set that as "
         "it was, choose another variant=NAME, or redo it first by stage=finetune force=true"
     )
 
 
-@pytest.mark.parametrize("manifest", [None, "", '{"id": "0'])
-def test_a_folder_without_a_whole_manifest_is_not_finished(stages, at, capsys, manifest):
+@pytest.mark.parametrize("manifest", [None, "", '{"id": "0', "[]"])
+def test_a_folder_without_a_whole_manifest_is_not_finished_and_not_dropped(
+    stages, at, capsys, manifest
+):
     run(capsys, at.outputs)
-    path = at.run / "export/manifest.json"
+    path = at.run / "finetune/manifest.json"
     path.unlink()
     if manifest is not None:
         path.write_text(manifest)
-    assert "is missing; run stage=export" in refused(capsys, at.outputs, "stage=generate")
+    found = "has no manifest.json" if manifest is None else "manifest.json: is no JSON object"
+    for stage in ("chain", "finetune"):
+        assert found in refused(capsys, at.outputs, f"stage={stage}")
+    assert written(at.run / "finetune") == 1 and len(stages.calls) == len(CHAIN)
+    assert run(capsys, at.outputs, "stage=finetune", "force=true")[0] == 0
+    assert stages.calls[len(CHAIN) :] == ["finetune"]
+
+
+def interrupted(stages, at, capsys):
+    """The partial.json of a finetune that was stopped."""
+    stages.acts["finetune"] = raising(StageStopped(signal.SIGTERM))
+    assert run(capsys, at.outputs)[0] == 143
+    del stages.acts["finetune"]
+    return at.run / "finetune.partial/partial.json"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"id": "0', "[]"])
+def test_unfinished_work_whose_record_is_lost_is_kept(stages, at, capsys, content):
+    record = interrupted(stages, at, capsys)
+    record.unlink()
+    if content is not None:
+        record.write_text(content)
+    message = refused(capsys, at.outputs)
+    state = "missing" if content is None else "damaged"
+    assert f"of what configuration, is {state}; " in message
+    assert written(record.parent) == 1
+    # The command of the message.
+    command = message[message.index("echo ") : message.index("; else")]
+    assert os.system(command) == 0
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and "continuing what an earlier run left" in lines
+    assert written(at.run / "finetune") == 2
+
+
+def test_unfinished_work_whose_record_is_lost_is_dropped_by_force_alone(stages, at, capsys):
+    interrupted(stages, at, capsys).unlink()
+    assert run(capsys, at.outputs, "stage=finetune", "force=true")[0] == 0
+    assert written(at.run / "finetune") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["finetune.partial/partial.json", "finetune/manifest.json"])
+def test_a_record_that_cannot_be_read_costs_nothing(stages, at, capsys, monkeypatch, number, name):
+    """Not even under force=true, which a requeued command may still carry."""
+    if "partial" in name:
+        interrupted(stages, at, capsys)
+    else:
+        assert run(capsys, at.outputs)[0] == 0
+    read, path = Path.read_bytes, at.run / name
+
+    def unreadable(self):
+        if self == path:
+            raise OSError(number, os.strerror(number), str(self))
+        return read(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", unreadable)
+        for keys in ([], ["force=true", "stage=finetune"]):
+            message = refused(capsys, at.outputs, *keys)
+            assert message.startswith(f"{path}: cannot be read ({os.strerror(number)}); nothing ")
     assert run(capsys, at.outputs)[0] == 0
-    assert stages.calls[len(CHAIN) :] == ["export"]
-    assert written(at.run / "export") == 1
+    assert written(at.run / "finetune") == 1 + ("partial" in name)
 
 
 @pytest.mark.parametrize(("stage", "lines"), [("export", 1), ("finetune", 2)])
@@ -218,15 +358,22 @@ def test_a_forced_run_that_stopped_goes_on_by_the_same_command(stages, at, capsy
     assert written(at.run / "finetune") == 2
 
 
-def test_one_process_at_a_time_in_a_folder(stages, at, capsys):
+def test_one_process_at_a_time_in_a_folder(stages, at, capsys, monkeypatch):
     """A second one waits, says so, and then skips what the first has made."""
-    inside, first = threading.Event(), runner.Runner(parse(composed(at.outputs)))
+    inside, waiting = threading.Event(), threading.Event()
+    first = runner.Runner(parse(composed(at.outputs)))
 
     def act(context):
         inside.set()
-        time.sleep(1)
+        waiting.wait(30)
         return {}
 
+    def lock(path, wait=False):
+        if wait:
+            waiting.set()
+        return locks.lock(path, wait)
+
+    monkeypatch.setattr(runner, "lock", lock)
     stages.acts["fetch"] = act
     worker = threading.Thread(target=first.run, args=("fetch",))
     worker.start()
@@ -237,6 +384,44 @@ def test_one_process_at_a_time_in_a_folder(stages, at, capsys):
     assert any("another process is at work" in line for line in lines)
     assert any("up to date, skipped" in line for line in lines)
     assert stages.calls == ["fetch"]
+
+
+@pytest.mark.parametrize("number", locks.NO_FLOCK)
+def test_a_file_system_without_locks_is_said_once(stages, at, capsys, monkeypatch, number):
+    """Then a file in the machine's temporary folder is locked, so that one machine is safe."""
+    flock, held = fcntl.flock, []
+
+    def missing(file, flags):
+        if str(at.root / ".locks") in file.name:
+            raise OSError(number, os.strerror(number))
+        held.append(Path(file.name).parent)
+        flock(file, flags)
+
+    monkeypatch.setattr(locks, "LOCAL", at.root / "local")
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    code, lines = run(capsys, at.outputs)
+    assert code == 0 and stages.calls == list(CHAIN)
+    assert held == [at.root / "local"] * len(CHAIN)
+    reason = os.strerror(number)
+    said = [line for line in lines if f"no file locks on this file system ({reason})" in line]
+    assert len(said) == 1 and said[0].startswith(f"{at.root}/.locks: ")
+    with locks.lock(at.root / ".locks/a"), pytest.raises(locks.Locked):
+        locks.lock(at.root / ".locks/a").__enter__()
+
+
+def test_no_locks_at_all_stop_no_run(stages, at, capsys, monkeypatch):
+    def missing(file, flags):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks, "LOCAL", at.root / "local")
+    monkeypatch.setattr(locks.fcntl, "flock", missing)
+    assert run(capsys, at.outputs)[0] == 0 and stages.calls == list(CHAIN)
+
+
+def test_outputs_that_cannot_be_written_are_one_line(stages, at, capsys):
+    (at.root / "file").write_text("")
+    message = refused(capsys, f"outputs={at.root}/file/outputs")
+    assert "cannot be written (Not a directory); set outputs to a folder" in message
 
 
 def test_a_second_process_is_refused_where_a_stage_is_exclusive(stages, at, capsys):
@@ -266,13 +451,6 @@ def test_an_untrained_control_pays_for_no_training(stages, at, capsys):
     assert run(capsys, at.outputs, "export.source=convert")[0] == 0
     assert "finetune" not in stages.calls
     assert "report" in stages.calls
-
-
-def test_a_partial_folder_of_unknown_origin_is_dropped(stages, at, capsys):
-    (at.run / "finetune.partial").mkdir(parents=True)
-    (at.run / "finetune.partial/work").write_text("what is this\n")
-    assert run(capsys, at.outputs)[0] == 0
-    assert written(at.run / "finetune") == 1
 
 
 def test_unfinished_work_of_another_configuration_is_not_lost(stages, at, capsys):
@@ -414,17 +592,20 @@ def test_errors_of_safetensors_that_no_space_mends_keep_their_traceback(stages, 
         run(capsys, at.outputs)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_manifest_that_does_not_fit_costs_no_work(stages, at, capsys):
-    def fill(context):
-        (context.out / "manifest.json").symlink_to("/dev/full")
-        return {}
+def test_a_manifest_that_does_not_fit_costs_no_work(stages, at, capsys, monkeypatch):
+    fsync = os.fsync
 
-    stages.acts["finetune"] = fill
-    assert refused(capsys, at.outputs).startswith(f"{at.run}/finetune: No space left on device; ")
-    assert not (at.run / "finetune").exists()
-    (at.run / "finetune.partial/manifest.json").unlink()
-    del stages.acts["finetune"]
+    def full_disk(descriptor):
+        if "finetune.partial/manifest.json" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full_disk)
+        message = refused(capsys, at.outputs)
+    path = at.run / "finetune.partial/manifest.json"
+    assert message.startswith(f"{path}: No space left on device; ")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["partial.json", "work"]
     assert run(capsys, at.outputs)[0] == 0
     assert written(at.run / "finetune") == 2
     assert not (at.run / "finetune/partial.json").exists()

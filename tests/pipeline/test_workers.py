@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline import runner, workers
+from pipeline import runner, stage_folders, workers
 from pipeline.console_log import log_to_terminal
+from pipeline.schema import CHAIN
 from pipeline.workers import WorkersEnded, run_once, run_workers
 from tests.pipeline.running import ROOT, WORLD, composed, fresh_logger
 
@@ -48,7 +49,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from pipeline import runner
+from pipeline import runner, stage_folders
 from pipeline.manifest import StageError, StageStopped
 from pipeline.training.guards import StopRequest
 from tests.pipeline.running import composed
@@ -101,7 +102,7 @@ def module(stage):
     )
 
 if __name__ == "__main__":
-    runner.stage_module = module
+    stage_folders.stage_module = module
     # As with Hydra, the last of equal keys counts.
     sys.exit(runner.execute(composed(*sys.argv[1:]), sys.argv))
 """
@@ -359,7 +360,7 @@ def at(tmp_path, monkeypatch):
     """A script that is a whole run, here too; and the keys and folders of this test's."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    monkeypatch.setattr(runner, "stage_module", runpy.run_path(str(script))["module"])
+    monkeypatch.setattr(stage_folders, "stage_module", runpy.run_path(str(script))["module"])
     keys = [f"outputs={tmp_path}/o", "name=demo", "variant=x", "parallel.gpus_per_node=2"]
     run = tmp_path / "o/demo/x"
     return SimpleNamespace(script=str(script), keys=keys, run=run, partial=run / "finetune.partial")
@@ -384,7 +385,7 @@ def test_a_chain_whose_finetune_has_two_processes_one_of_which_is_killed(at, cap
     code, lines = whole(at, capfd, "stage=chain", "force=true", *keys)
     assert code == 0, lines
     starts = [line for line in lines if line.endswith(": starts")]
-    twice = [stage for stage in runner.CHAIN for _ in range(1 + (stage == "finetune"))]
+    twice = [stage for stage in CHAIN for _ in range(1 + (stage == "finetune"))]
     assert starts == [f"{stage}: starts" for stage in twice]
     assert lines.count("finetune: starting 2 processes") == 1
     assert lines.count("continuing what an earlier run left") == 1

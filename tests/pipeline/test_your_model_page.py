@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from pipeline.advice import MIN_BASES
 from pipeline.overrides import with_experiment
-from pipeline.runner import execute, stages_of
+from pipeline.runner import execute
 from pipeline.schema import CHAIN
+from pipeline.stage_folders import stages_of
 from pipeline.validation import parse
 from tests.pipeline.running import ROOT, fresh_logger
 from tests.pipeline.small_run import SHAPE, save_llama, save_text
