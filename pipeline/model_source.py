@@ -81,7 +81,7 @@ def with_weights(folder: Path) -> Path:
     Raises:
         StageError: where a local model was removed after stage=fetch.
     """
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):
         if path.is_symlink() and not path.exists():
             raise StageError(
                 f"{path.readlink()}: the model's weights are no longer there; put them back, or "

@@ -203,7 +203,8 @@ class StageFolders:
             manifest = None
         if manifest and manifest["id"] == wanted_id and not force:
             return manifest
-        force |= bool(manifest) and lengthens(stage_module(stage), manifest, depends_on, inputs)
+        if manifest and lengthens(stage_module(stage), manifest, depends_on, inputs):
+            force = True
         # A finished folder is replaced where force=true asks for it, and a report, which is cheap.
         if not force and not trait(stage, "REMADE"):
             if manifest:
