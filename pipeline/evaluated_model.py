@@ -21,6 +21,7 @@ from model.config import describe_schedule
 from model.mapping import config_from_hf
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from pipeline.manifest import StageContext, StageError, digest, read_manifest
+from pipeline.model_source import with_weights
 from pipeline.schema import Config
 from pipeline.stages.export import load_source, longgen_config
 
@@ -214,7 +215,7 @@ def load_model(name: str, context: StageContext) -> Any:
     dtype = dtype_of(config)
     transformers_logging.disable_progress_bar()
     if name == BASE:
-        folder = context.folder("fetch") / "model"
+        folder = model_folder(name, context)
         return load_source(folder, dtype, config.device, config.model.allow_pickle)
     if name == FINAL:
         model = AutoModelForCausalLM.from_pretrained(
@@ -223,9 +224,8 @@ def load_model(name: str, context: StageContext) -> Any:
         return model.to(config.device).eval()
     pattern = Pattern(**asdict(config.pattern))
     if name == BASE_REDUCED:
-        model = load_source(
-            context.folder("fetch") / "model", dtype, "cpu", config.model.allow_pickle
-        )
+        folder = model_folder(name, context)
+        model = load_source(folder, dtype, "cpu", config.model.allow_pickle)
         weights = model.state_dict()
         model = LongGenForCausalLM(reduced(model.config, pattern)).to(dtype)
         model.load_state_dict(weights)
@@ -263,7 +263,7 @@ def _foreign(name: str, folder: Path, dtype: torch.dtype, log: logging.Logger) -
 def model_folder(name: str, context: StageContext) -> Path:
     """Where the weights of a name in eval.models lie."""
     if name in (BASE, BASE_REDUCED):
-        return context.folder("fetch") / "model"
+        return with_weights(context.folder("fetch") / "model")
     if name in (FINAL, REDUCED):
         return context.folder("export")
     return Path(context.config.eval.folders[name])

@@ -75,6 +75,21 @@ def read_config(folder: Path) -> ModelConfig:
         ) from error
 
 
+def with_weights(folder: Path) -> Path:
+    """The folder itself, where all weights that it links to are there.
+
+    Raises:
+        StageError: where a local model was removed after stage=fetch.
+    """
+    for path in sorted(folder.glob("*")):
+        if path.is_symlink() and not path.exists():
+            raise StageError(
+                f"{path.readlink()}: the model's weights are no longer there; put them back, or "
+                "set model.source to the folder where they are"
+            )
+    return folder
+
+
 def shape_of(model: ModelConfig) -> dict[str, int | float | bool]:
     """The keys of a model section that describe `model`."""
     values = {key: getattr(model, key) for key in (*DIMENSIONS, "tie_embeddings", "norm_eps")}

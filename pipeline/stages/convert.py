@@ -21,7 +21,7 @@ from model.mapping import (
 )
 from model.weights import DTYPES, WeightFolder, write_weights
 from pipeline.manifest import StageContext, StageError
-from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config
+from pipeline.model_source import SHAPE_FIELDS, check_shape, read_config, with_weights
 from pipeline.progress import track_tensors
 from pipeline.schema import Config
 
@@ -41,7 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
         StageError: on a checkpoint of another shape, missing or unexpected tensors.
         MappingError, WeightsError: on a model or a file that cannot be converted.
     """
-    source = context.folder("fetch") / "model"
+    source = with_weights(context.folder("fetch") / "model")
     model = read_config(source)
     check_shape(model, context.config.model, source, context.log)
     weights = WeightFolder(source, context.config.model.allow_pickle)

@@ -14,7 +14,7 @@ from model import gguf_import, random_llama
 from pipeline import packages
 from pipeline.contents import look
 from pipeline.manifest import StageContext, StageError
-from pipeline.model_source import read_config
+from pipeline.model_source import read_config, with_weights
 from pipeline.schema import Config, ModelSection
 from pipeline.schema_of_data import DataSection, SourceSection
 from pipeline.stages import fetch
@@ -111,8 +111,11 @@ def test_weights_of_a_local_folder_are_linked_and_what_is_small_copied(
     model = context.out / "model"
     assert counts["model"]["folder"] == str(folder)
     assert (model / "model.safetensors").resolve() == folder / "model.safetensors"
+    assert with_weights(model) == model
     shutil.rmtree(folder)
     assert read_config(model).num_layers == 1 and (model / "tokenizer.json").is_file()
+    with pytest.raises(StageError, match=f"{folder}/model.safetensors: the model's weights are no"):
+        with_weights(model)
 
 
 def test_a_local_model_is_told_by_its_content(context, tmp_path):
