@@ -59,6 +59,11 @@ class _FileHandler(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         pass
 
+    def close(self) -> None:
+        # It writes what is buffered once more.
+        with suppress(OSError):
+            super().close()
+
 
 @contextmanager
 def console_log(path: Path) -> Iterator[None]:

@@ -101,7 +101,7 @@ def measure(call, *arguments, prepare=None, timeout=3600) -> dict:
 
 def sparse_llama(folder: Path, model: ModelConfig, shard_bytes: int, dtype: str = "BF16") -> None:
     """A Hugging Face Llama folder of this shape, whose tensors are holes: all zeros, on no disk."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     values = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

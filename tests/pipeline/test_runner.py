@@ -611,6 +611,16 @@ def test_a_manifest_that_does_not_fit_costs_no_work(stages, at, capsys, monkeypa
     assert not (at.run / "finetune/partial.json").exists()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_console_log_that_does_not_fit_stops_nothing(stages, at, capsys):
+    at.run.mkdir(parents=True)
+    (at.run / "console.log").symlink_to("/dev/full")
+    assert run(capsys, at.outputs)[0] == 0 and stages.calls == list(CHAIN)
+    stages.acts["finetune"] = raising(full("/disk/file"))
+    message = refused(capsys, at.outputs, "stage=finetune", "force=true")
+    assert message.startswith("/disk/file: No space left on device; ")
+
+
 def test_the_terminal_gets_each_line_once(stages, at, capsys):
     log = logging.getLogger("longgen")
     log_to_terminal("stdout")
