@@ -124,7 +124,8 @@ def main():
     elif os.environ["SLURM_NODEID"] == "0":
         train(folder)
     else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told = []
+        signal.signal(signal.SIGTERM, lambda *_: told.append(time.monotonic()))
         if (folder / "manifest.json").exists():
             return
         saves = folder.with_name("finetune.partial") / "checkpoints"
@@ -133,6 +134,9 @@ def main():
         (saves / "new").write_text(str(os.getpid()))
         (saves / "new").rename(saves / other_name())
         while not (folder / "manifest.json").exists() and not over.exists():
+            # The other node was not at work yet: it saves nothing.
+            if told and time.monotonic() > told[0] + 20 * STEP_SECONDS:
+                sys.exit(1)
             time.sleep(STEP_SECONDS)
 
 
