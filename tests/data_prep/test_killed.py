@@ -92,11 +92,17 @@ def test_a_killed_run_ends_in_the_same_bytes(fetched, tmp_path, whole):
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_moments_ends_in_the_same_bytes(fetched, tmp_path, whole):
     process = start(fetched, tmp_path / "timed", 2)
-    while not list(tmp_path.glob("timed/units/*/*.json")):
+    # When each further unit was there: half of the kills come while units are made.
+    units = [(0, 0.0)]
+    while process.poll() is None:
+        there = len(list(tmp_path.glob("timed/units/*/*.json")))
+        if there > units[-1][0]:
+            units.append((there, time.monotonic()))
         time.sleep(0.002)
-    first_unit = time.monotonic()
     assert process.wait() == 0, process.communicate()
-    moments = np.random.default_rng().uniform(0, time.monotonic() - first_unit, 20)
+    (_, first_unit), (_, last_unit), end = units[1], units[-1], time.monotonic()
+    draw = np.random.default_rng().uniform
+    moments = [*draw(0, last_unit - first_unit, 10), *draw(0, end - first_unit, 10)]
     killed, left = 0, set()
     for number, seconds in enumerate(moments):
         out = tmp_path / str(number)
