@@ -1,6 +1,7 @@
 """Small random models and patterns that the tests of the exported class share."""
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 
@@ -11,6 +12,7 @@ PATTERNS = {
     "per_head": dict(sink_tokens=2, window=7, block=2, stride=4, phase="per_head"),
     "full": dict(sink_tokens=0, window=None),
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
 def small_model(pattern: dict, is_full=(False, True, False), **overrides) -> LongGenForCausalLM:
@@ -32,6 +34,30 @@ def small_model(pattern: dict, is_full=(False, True, False), **overrides) -> Lon
     model = LongGenForCausalLM(LongGenConfig(**{**values, **overrides})).eval()
     widen(model)
     return model
+
+
+def llama_and_ours(kv_heads: int = 2, tied: bool = False, rope: dict = ROPE):
+    """transformers' Llama and our class, every layer full, on the same weights by names alone."""
+    shape = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        rms_norm_eps=1e-3,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+    )
+    llama = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=dict(rope))).eval()
+    widen(llama)
+    for name, parameter in llama.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    ours = LongGenForCausalLM(LongGenConfig(**shape, rope=rope)).eval()
+    ours.load_state_dict(llama.state_dict(), strict=True)
+    return llama, ours
 
 
 def widen(model: torch.nn.Module) -> None:

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import kernels.pattern
 import kernels.sparse_attention
 import model
 from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
 from tests.closeness import assert_close_by_norm, relative_error
-from tests.model.small import PATTERNS, VOCAB, ids, small_model, widen
+from tests.model.small import PATTERNS, ids, llama_and_ours, small_model
 
 TOLERANCE = 1e-5
 ROPES = {
@@ -27,30 +27,6 @@ ROPES = {
         "original_max_position_embeddings": 64,
     },
 }
-
-
-def llama_and_ours(kv_heads: int, tied: bool, rope: dict):
-    """transformers' Llama and our class on the same weights, by the names alone."""
-    shape = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=16,
-        rms_norm_eps=1e-3,
-        tie_word_embeddings=tied,
-        eos_token_id=None,
-    )
-    llama = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=dict(rope))).eval()
-    widen(llama)
-    for name, parameter in llama.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    ours = LongGenForCausalLM(LongGenConfig(**shape, rope=rope)).eval()
-    ours.load_state_dict(llama.state_dict(), strict=True)
-    return llama, ours
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])

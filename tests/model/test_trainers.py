@@ -5,31 +5,13 @@ peft and accelerate are optional; without them the calls are made as these make 
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.modeling_longgen import LongGenConfig, LongGenForCausalLM
+from model.modeling_longgen import LongGenForCausalLM
 from tests.closeness import assert_close_by_norm
-from tests.model.small import PATTERNS, VOCAB, ids, small_model, widen
+from tests.model.small import PATTERNS, ids, llama_and_ours, small_model
 
 TOLERANCE = 1e-5
 LENGTHS = ([9, 11], [1, 4, 15])
-
-
-def llama_and_ours():
-    """transformers' Llama and our class, every layer full, on the same weights."""
-    shape = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    llama = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    widen(llama)
-    ours = LongGenForCausalLM(LongGenConfig(**shape, rms_norm_eps=1e-6)).eval()
-    ours.load_state_dict(llama.state_dict())
-    return llama, ours
 
 
 def restarting():
